@@ -1,0 +1,5 @@
+"""`python -m qwenlib` is the `qwenlib` command."""
+
+from qwenlib.cli import main
+
+main()

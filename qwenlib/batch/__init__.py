@@ -1,0 +1,1 @@
+"""Running notebooks in batch: typed parameters, stage graph, strict papermill runner, report."""

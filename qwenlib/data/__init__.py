@@ -1,0 +1,1 @@
+"""Text to training batches: corpora, filters, mixture, token shards, packing, sampling."""

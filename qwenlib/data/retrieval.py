@@ -1,0 +1,51 @@
+"""Synthetic retrieval text: facts stated among filler and asked for later.
+
+Natural text seldom rewards looking far back, so long-context recipes mix in keyword retrieval
+(Qwen2.5-1M, arXiv 2501.15383). These pages teach it at the training length; `passkey` is the
+classic test form (one number in a haystack of noise).
+"""
+
+import random
+from collections.abc import Iterator
+
+from qwenlib.data.corpora import Document
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_NOISE_SENTENCES = tuple(part.strip() + "." for part in NOISE.split(".") if part.strip())
+
+
+def needle_line(key: str) -> str:
+    """The statement that hides in the noise."""
+    return f"The pass key is {key}. Remember it. {key} is the pass key."
+
+
+QUESTION = "What is the pass key? The pass key is"
+
+
+def draw_key(rng: random.Random) -> str:
+    """A five-digit pass key; chance of guessing it is 1 in 90,000."""
+    return str(rng.randint(10_000, 99_999))
+
+
+def passkey_text(filler_sentences: int, depth: float, rng: random.Random) -> tuple[str, str]:
+    """(prompt, key): a needle after `depth` (0 … 1) of the filler, then the question."""
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth must lie in [0, 1], got {depth}")
+    key = draw_key(rng)
+    before = round(depth * filler_sentences)
+    start = rng.randrange(len(_NOISE_SENTENCES))
+    noise = [_NOISE_SENTENCES[(start + i) % len(_NOISE_SENTENCES)] for i in range(filler_sentences)]
+    lines = [*noise[:before], needle_line(key), *noise[before:], QUESTION]
+    return " ".join(lines), key
+
+
+def corpus_documents(seed: int, limit_mb: float, max_filler: int = 6) -> Iterator[Document]:
+    """Passkey pages with their answers, with 0 … `max_filler` sentences of noise."""
+    rng = random.Random(seed)
+    budget, page = limit_mb * 1e6, 0
+    while budget > 0:
+        text, key = passkey_text(rng.randint(0, max_filler), rng.random(), rng)
+        text = f"{text} {key}."
+        budget -= len(text.encode())
+        yield Document(f"retrieval-{seed}-{page}", text, "retrieval", "retrieval", "en")
+        page += 1

@@ -1,0 +1,289 @@
+"""Verifiable maths and logic questions from reasoning-gym, with our own short worked solutions.
+
+Train and held-out questions are disjoint by the hash of the question's text, not by seed: small
+number ranges repeat, and a repeated question would measure memory. Answers are scored by
+reasoning-gym's scorer on the extracted answer alone.
+"""
+
+import functools
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qwenlib.data.corpora import Document
+
+ANSWER_PREFIX = "Answer:"
+SYSTEM_PROMPT = "You are a helpful assistant."
+_HELD_OUT_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question, its reference answer, and a short worked solution that ends with the answer."""
+
+    family: str
+    question: str
+    answer: str
+    solution: str
+    metadata_json: str  # what reasoning-gym's scorer needs
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation that SFT trains on."""
+        return [*self.prompt, {"role": "assistant", "content": self.solution}]
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """The conversation up to the model's turn."""
+        return [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": self.question},
+        ]
+
+    def row(self) -> dict[str, Any]:
+        """A data-set row with the columns the ecosystem uses."""
+        return {
+            "messages": self.messages,
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "family": self.family,
+            "metadata": self.metadata_json,
+        }
+
+
+def _add_steps(left: int, right: int) -> tuple[list[str], int]:
+    """left ± right in tens, then ones: each step is one table look-up and at most one carry."""
+    sign = "-" if right < 0 else "+"
+    tens, ones = divmod(abs(right), 10)
+    lines, total = [], left
+    for part in (tens * 10, ones):
+        if part:
+            result = total + (part if right > 0 else -part)
+            lines.append(f"{total} {sign} {part} = {result}")
+            total = result
+    if not lines:
+        lines.append(f"{left} {sign} 0 = {left}")
+    return lines, total
+
+
+def _solve_chain_sum(metadata: dict) -> list[str]:
+    parts = metadata["expression"].split()
+    total, lines = int(parts[0]), []
+    for operator, term in zip(parts[1::2], parts[2::2], strict=True):
+        steps, total = _add_steps(total, int(term) * (1 if operator == "+" else -1))
+        lines += steps
+    return lines
+
+
+def _solve_products(metadata: dict) -> list[str]:
+    left, right = (int(x) for x in metadata["expression"].split(" * "))
+    if left < right:
+        left, right = right, left
+    tens, ones = divmod(left, 10)
+    if not tens:
+        return [f"{left} * {right} = {left * right}"]
+    first, second = tens * 10 * right, ones * right
+    return [
+        f"{tens * 10} * {right} = {first}",
+        f"{ones} * {right} = {second}",
+        f"{first} + {second} = {first + second}",
+    ]
+
+
+def _solve_leg_counting(metadata: dict) -> list[str]:
+    legs = _legs()
+    lines, total = [], 0
+    for animal, count in metadata["animals"].items():
+        lines.append(f"{animal}: {count} * {legs[animal]} = {count * legs[animal]}")
+        if total:
+            lines.append(f"{total} + {count * legs[animal]} = {total + count * legs[animal]}")
+        total += count * legs[animal]
+    return lines
+
+
+def _solve_number_filtering(metadata: dict) -> list[str]:
+    bound, kept = float(metadata["filter_value"]), set(metadata["result"])
+    lines = []
+    for number in metadata["original_numbers"]:
+        sign = ">" if float(number) > bound else "<" if float(number) < bound else "="
+        verdict = "keep" if number in kept else "drop"
+        lines.append(f"{number} {sign} {metadata['filter_value']}: {verdict}")
+    return lines
+
+
+def _solve_family(metadata: dict) -> list[str]:
+    return [f"{metadata['person1']} is the {metadata['relationship']} of {metadata['person2']}."]
+
+
+@functools.cache
+def _legs() -> dict[str, int]:
+    """Animal -> legs, as reasoning-gym counts them."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    return ANIMALS
+
+
+@dataclass(frozen=True)
+class Family:
+    """One reasoning-gym generator: its settings, and how to write a worked solution."""
+
+    generator: str
+    settings: dict[str, Any]
+    solve: Callable[[dict], list[str]]
+
+
+FAMILIES: dict[str, Family] = {
+    "chain_sum": Family(
+        "chain_sum",
+        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+        _solve_chain_sum,
+    ),
+    "products": Family(
+        "products",
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+        _solve_products,
+    ),
+    "leg_counting": Family(
+        "leg_counting",
+        {"min_animals": 1, "max_animals": 2, "max_instances": 9},
+        _solve_leg_counting,
+    ),
+    "number_filtering": Family(
+        "number_filtering",
+        {
+            "min_numbers": 3, "max_numbers": 5, "max_decimals": 0, "min_value": 0,
+            "max_value": 99,
+        },
+        _solve_number_filtering,
+    ),
+    "family_relationships": Family(
+        "family_relationships", {"min_family_size": 3, "max_family_size": 4}, _solve_family
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def _generator(family: str, seed: int):
+    import reasoning_gym
+
+    spec = FAMILIES[family]
+    return reasoning_gym.create_dataset(spec.generator, size=1 << 30, seed=seed, **spec.settings)
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a question belongs to the held-out split; a property of its text alone."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < _HELD_OUT_SHARE
+
+
+def generate_tasks(
+    count: int, seed: int, split: str = "train", families: tuple[str, ...] | None = None
+) -> list[Task]:
+    """`count` tasks, families in turn. Held-out questions are distinct; train ones may repeat.
+
+    Raises ValueError for an unknown split or family, or when a family runs out of questions.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    families = tuple(families or FAMILIES)
+    for family in families:
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+    streams = [_stream(family, seed, split) for family in families]
+    return [next(streams[i % len(streams)]) for i in range(count)]
+
+
+def _stream(family: str, seed: int, split: str) -> Iterator[Task]:
+    generator, spec = _generator(family, seed), FAMILIES[family]
+    seen: set[str] = set()
+    misses = 0
+    for index in range(1 << 30):
+        entry = generator[index]
+        question = entry["question"].strip()
+        wrong_split = is_held_out(question) != (split == "heldout")
+        repeated = split == "heldout" and question in seen
+        if wrong_split or repeated or _is_faulty(entry):
+            misses += 1
+            if misses > 20_000:
+                raise ValueError(f"family {family!r} has only {len(seen)} {split} questions")
+            continue
+        seen.add(question)
+        misses = 0
+        lines = [*spec.solve(entry["metadata"]), f"{ANSWER_PREFIX} {entry['answer']}"]
+        metadata = json.dumps({"answer": entry["answer"], "metadata": entry["metadata"]})
+        yield Task(family, question, str(entry["answer"]), "\n".join(lines), metadata)
+
+
+def _is_faulty(entry: dict) -> bool:
+    """In-law answers: the generator names the inverse relation (a son's wife "mother-in-law")."""
+    return str(entry["answer"]).endswith("-in-law")
+
+
+def extract_answer(completion: str) -> str | None:
+    """The text behind the last "Answer:"; None if there is none.
+
+    Only the last line counts, so a completion cannot list every candidate and be right with one.
+    """
+    lines = completion.strip().splitlines()
+    if not lines or not lines[-1].startswith(ANSWER_PREFIX):
+        return None
+    return lines[-1].removeprefix(ANSWER_PREFIX).strip() or None
+
+
+@functools.cache
+def _scorer(generator: str):
+    import reasoning_gym
+
+    return reasoning_gym.get_score_answer_fn(generator)
+
+
+def score(task: Task, completion: str) -> float:
+    """1.0 when the completion's extracted answer is fully right, else 0.0; no partial credit."""
+    answer = extract_answer(completion)
+    if answer is None:
+        return 0.0
+    entry = json.loads(task.metadata_json)
+    return float(_scorer(FAMILIES[task.family].generator)(answer, entry) == 1.0)
+
+
+def heldout_questions(seed: int = 0, count: int = 500) -> list[str]:
+    """Questions that the pretraining text is decontaminated against."""
+    return [task.question for task in generate_tasks(count, seed, "heldout")]
+
+
+_TEMPLATES = (
+    "Problem. {question}\n\nWorked solution:\n{steps}\nThe result is {answer}.",
+    "Exercise: {question}\n{steps}\nHence {answer}.",
+    "Q: {question}\nA: {steps}\nSo the answer is {answer}.",
+    "{question}\n\n{steps}\n\n({answer})",
+)
+
+
+def corpus_documents(seed: int, limit_mb: float) -> Iterator[Document]:
+    """Textbook-like pages of a few solved train problems each, about `limit_mb` megabytes.
+
+    The wording is not that of the chat data, so that answering in ChatML is left for SFT to teach.
+    """
+    budget, page = limit_mb * 1e6, 0
+    streams = [_stream(family, seed, "train") for family in FAMILIES]
+    rng = random.Random(seed)
+    while budget > 0:
+        template = rng.choice(_TEMPLATES)
+        parts = []
+        for _ in range(rng.randint(2, 5)):
+            task = next(rng.choice(streams))
+            steps = task.solution.rsplit("\n", 1)[0]
+            parts.append(template.format(question=task.question, steps=steps, answer=task.answer))
+        text = "\n\n".join(parts)
+        budget -= len(text.encode())
+        yield Document(f"maths-{seed}-{page}", text, "maths", "maths", "en")
+        page += 1
+
+
+def normalise_question(text: str) -> str:
+    """Lower-case, one space between words: the form in which questions are compared."""
+    return re.sub(r"\s+", " ", text).strip().lower()

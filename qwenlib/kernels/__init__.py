@@ -1,0 +1,8 @@
+"""The one switch for fused operations: library code calls these names and never picks a backend.
+
+Every operation has a reference in PyTorch (`reference.py`) that defines it and runs on any device.
+"""
+
+from qwenlib.kernels.reference import apply_rope, attention, rms_norm, swiglu
+
+__all__ = ["apply_rope", "attention", "rms_norm", "swiglu"]

@@ -1,0 +1,1 @@
+"""Settings of every chapter as data: `<chapter>.toml` with tiny, small, full and smoke tables."""
