@@ -7,7 +7,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make walkthrough  run every chapter ($(PROFILE)) into $(RUN) and write its report"
+	@echo "make walkthrough  run every chapter ($(PROFILE)) into $(RUN), with an HTML report"
 	@echo "make test         the fast tests"
 	@echo "make lint         ruff, and that the notebooks' outputs belong to their source"
 	@echo "make format       let ruff format the Python files"
@@ -20,7 +20,6 @@ help:
 
 walkthrough: .venv/.installed
 	$(BIN)/qwenlib run all --profile $(PROFILE) --run-dir $(RUN)
-	@$(BIN)/qwenlib report $(RUN) >/dev/null
 	@echo "Report: $(abspath $(RUN))/index.html"
 
 test: .venv/.installed

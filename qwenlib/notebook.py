@@ -202,6 +202,8 @@ class Run:
             f"wandb_mode={self.params.wandb_mode}",
         ]
         env = dict(os.environ, QWENLIB_RUNNER_PID=str(os.getpid()), PYTHONUNBUFFERED="1")
+        for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR"):  # set by ipykernel
+            env.pop(name, None)
         env["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(stages.PACKAGE.parent), env.get("PYTHONPATH")])
         )

@@ -73,7 +73,7 @@ class ParameterType:
     def parse(cls, annotation: object) -> ParameterType:
         """Read an annotation (a type, or its source text); raises ParameterError otherwise."""
         text = annotation.__name__ if annotation in _BASES.values() else str(annotation)
-        parts = text.replace("typing.", "").replace(" ", "")
+        parts = text.strip("'\"").replace("typing.", "").replace(" ", "")
         if wrapped := re.fullmatch(r"Optional\[(.+)\]", parts):
             parts = wrapped[1] + "|None"
         names = parts.split("|")

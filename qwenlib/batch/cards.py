@@ -2,8 +2,8 @@
 
 A card is `data_cards/<name>.md`: Hugging Face front matter plus our own fields (`name`, `kind`,
 `source`, `revision`, `sha256`, `size`, `fields`, `used_in`), then the sections of SECTIONS.
-`kind` is `asset` (a file of `qwenlib.assets`), `corpus` (a source of `qwenlib.data.corpora`) or
-`generated` (made by a chapter).
+`kind` is `asset` (a file of `qwenlib.assets`), `corpus` (a source of `qwenlib.data.corpora`),
+`generated` (made by a chapter) or `hub` (on the Hugging Face hub under the card's `hub_id`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 from qwenlib import assets
 
-KINDS = ("asset", "corpus", "generated")
+KINDS = ("asset", "corpus", "generated", "hub")
 REQUIRED = (
     "name", "kind", "license", "language", "source", "revision", "size", "fields", "used_in",
 )  # fmt: skip
@@ -78,8 +78,13 @@ def check_cards(
                 problems.append(
                     Problem(place, f"lists {name!r}, whose card does not name it under used_in")
                 )
-    hub_ids = {card.get("hub_id") for card in cards.values()}
-    for place, name in [*_used_by_notebooks(notebooks_dir), *_used_by_package(package_dir)]:
+    hub_ids = {id for card in cards.values() for id in _hub_ids(card)}
+    used = [
+        *_used_by_notebooks(notebooks_dir),
+        *_used_by_profiles(profiles_dir),
+        *_used_by_package(package_dir),
+    ]
+    for place, name in used:
         if name not in cards and name not in hub_ids:
             problems.append(Problem(place, f"uses {name!r}, which has no card"))
     return sorted(set(problems), key=str)
@@ -103,6 +108,11 @@ def _load(cards_dir: Path) -> tuple[dict[str, Mapping[str, Any]], list[Problem]]
             text = "needs front matter between two lines of ---"
             problems.append(Problem(f"{cards_dir.name}/{path.name}", text))
     return cards, problems
+
+
+def _hub_ids(card: Mapping[str, Any]) -> list[str]:
+    ids = card.get("hub_id") or []
+    return [ids] if isinstance(ids, str) else list(ids)
 
 
 def _faults(
@@ -138,6 +148,9 @@ def _faults(
     elif kind == "generated":
         if listed and not any(name in names for names in listed.values()):
             yield "no chapter's profile lists it under cards; is there such a set?"
+    elif kind == "hub":
+        if not _hub_ids(card):
+            yield "the field 'hub_id' is missing or empty"
     elif kind is not None:
         yield f"kind {kind!r} is none of {', '.join(KINDS)}"
 
@@ -171,6 +184,16 @@ def _listed(profiles_dir: Path) -> dict[str, list[str]]:
         path.stem: list(tomllib.loads(path.read_text(encoding="utf-8")).get("cards", []))
         for path in sorted(profiles_dir.glob("[0-9]*.toml"))
     }
+
+
+def _used_by_profiles(profiles_dir: Path) -> Iterator[tuple[str, str]]:
+    """Hub ids among the settings: "owner/name", or "owner/name:config" for a data set."""
+    for path in sorted(profiles_dir.glob("[0-9]*.toml")):
+        for table in tomllib.loads(path.read_text(encoding="utf-8")).values():
+            for value in table.values() if isinstance(table, dict) else ():
+                hub_id = value.split(":")[0] if isinstance(value, str) else ""
+                if _HUB_ID.fullmatch(hub_id):
+                    yield f"{profiles_dir.name}/{path.name}", hub_id
 
 
 def _used_by_notebooks(notebooks_dir: Path) -> Iterator[tuple[str, str]]:

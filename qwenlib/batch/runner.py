@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import logging
 import os
 import re
 import signal
@@ -255,6 +256,8 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
     papermill_engines.register("qwenlib", Engine)
+    # papermill does not see a parameter typed `int | None` and warns; we have checked the names.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(
             params.notebook_path(step.name),
@@ -387,10 +390,12 @@ class Progress:
         self._now = ""
 
     def stage_start(self, name: str, number: int, total: int, reason: str) -> None:
-        self.console.print(f"[bold]{number}/{total} {name}[/bold]  [dim]{reason}[/dim]", soft_wrap=True)
+        self.console.print(
+            f"[bold]{number}/{total} {name}[/bold]  [dim]{reason}[/dim]", soft_wrap=True
+        )
         self._began = time.monotonic()
         self._now = "starting the kernel"
-        if self.console.is_terminal:
+        if sys.stderr.isatty():
             from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 

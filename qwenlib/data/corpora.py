@@ -35,7 +35,7 @@ _SKIP_FOLDERS = {
     "test", "tests", "testing", "site-packages", "dist-packages", "idle_test", "lib2to3",
     "ensurepip", "pydoc_data", "__pycache__", "_vendor", "_vendored", "externals",
 }  # fmt: skip
-_PIECE_CHARS = 8_000  # a long module becomes several documents, cut between top-level statements
+_PIECE_CHARS = 8_000  # a long module becomes several documents, and so does a long manual page
 _MIN_DOCSTRING = 120
 _MIN_TRANSLATIONS = 8
 
@@ -174,26 +174,51 @@ def _code(seed: int) -> Iterator[Document]:
             continue
         name = path.relative_to(root).as_posix()
         domain = name.split("/")[0].removesuffix(".py")
-        for part, piece in enumerate(cut_at_top_level(text, _PIECE_CHARS)):
+        for part, piece in enumerate(cut_code(text, _PIECE_CHARS)):
             yield Document(f"code/{name}#{part}", piece, "code", domain, "python")
 
 
-def cut_at_top_level(text: str, limit: int) -> list[str]:
-    """Cut Python source into pieces of about `limit` characters, only before unindented lines."""
-    # A statement starts where its first decorator does: a line after "@..." is not a cut.
-    pattern = r"(?<![^\n])(?:@|def |class |async def )"
-    starts = [
-        match.start()
-        for match in re.finditer(pattern, text)
-        if not text[: match.start()].rpartition("\n")[0].rpartition("\n")[2].startswith("@")
-    ]
+def cut_code(text: str, limit: int) -> list[str]:
+    """Cut Python source into pieces of about `limit` characters, only before a def or class.
+
+    Pieces are whole top-level statements; one of over twice `limit` (a large class) is cut once
+    more between its methods.
+    """
+    pieces = []
+    for piece in _cut(text, limit, _statement_starts(text, "")):
+        if len(piece) > 2 * limit:
+            pieces += _cut(piece, limit, _statement_starts(piece, "    "))
+        else:
+            pieces.append(piece)
+    return [piece.strip("\n") for piece in pieces if piece.strip()]
+
+
+def cut_prose(text: str, limit: int) -> list[str]:
+    """Cut a text of over twice `limit` characters between paragraphs."""
+    if len(text) <= 2 * limit:
+        return [text]
+    starts = [match.end() for match in re.finditer(r"\n\s*\n(?=\S)", text)]
+    return [piece.strip() for piece in _cut(text, limit, starts) if piece.strip()]
+
+
+def _statement_starts(text: str, indent: str) -> list[int]:
+    """Offsets of def and class lines at this indent; a decorated one starts at its decorator."""
+    pattern = rf"^{indent}(?:@|def |class |async def )"
+    starts = []
+    for match in re.finditer(pattern, text, re.MULTILINE):
+        line_before = text[: match.start()].rpartition("\n")[0].rpartition("\n")[2]
+        if not line_before.startswith(f"{indent}@"):
+            starts.append(match.start())
+    return starts
+
+
+def _cut(text: str, limit: int, starts: list[int]) -> list[str]:
     pieces, begin = [], 0
     for start, following in zip(starts, [*starts[1:], len(text)], strict=False):
         if following - begin > limit and start > begin:
             pieces.append(text[begin:start])
             begin = start
-    pieces.append(text[begin:])
-    return [piece.strip("\n") for piece in pieces if piece.strip()]
+    return [*pieces, text[begin:]]
 
 
 # --- prose: reference manual topics, docstrings, package descriptions --------------------------
@@ -219,6 +244,14 @@ def _prose(seed: int) -> Iterator[Document]:
         queues = [queue for queue in queues if queue[2]]
 
 
+def _prose_documents(id: str, text: str, domain: str) -> Iterator[Document]:
+    pieces = cut_prose(text, _PIECE_CHARS)
+    separator = "/" if "#" in id else "#"
+    for part, piece in enumerate(pieces):
+        name = id if len(pieces) == 1 else f"{id}{separator}{part}"
+        yield Document(name, piece, "prose", domain, "en")
+
+
 def _topics(seed: int) -> Iterator[Document]:
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     text = _read(path)
@@ -227,7 +260,7 @@ def _topics(seed: int) -> Iterator[Document]:
     # The file is one assignment, `topics = {...}`: a literal, read without running it.
     topics = ast.literal_eval(ast.parse(text).body[-1].value)
     for name in _shuffled(topics, seed, "topics"):
-        yield Document(f"prose/topics/{name}", topics[name].strip(), "prose", "python", "en")
+        yield from _prose_documents(f"prose/topics/{name}", topics[name].strip(), "python")
 
 
 def _descriptions() -> Iterator[Document]:
@@ -243,7 +276,7 @@ def _descriptions() -> Iterator[Document]:
                 texts[f"prose/{file.as_posix()}"] = _read(Path(distribution.locate_file(file)))
         for id, text in texts.items():
             if isinstance(text, str) and len(text.strip()) >= _MIN_DOCSTRING:
-                yield Document(id, text.strip(), "prose", name, "en")
+                yield from _prose_documents(id, text.strip(), name)
 
 
 def _docstrings(path: Path, root: Path, package: str) -> Iterator[Document]:
@@ -262,7 +295,7 @@ def _docstrings(path: Path, root: Path, package: str) -> Iterator[Document]:
     for name, docstring in _walk(tree, module):
         if len(docstring) >= _MIN_DOCSTRING and name not in seen:  # overloads repeat a name
             seen.add(name)
-            yield Document(f"prose/{file}#{name}", f"{name}\n\n{docstring}", "prose", package, "en")
+            yield from _prose_documents(f"prose/{file}#{name}", f"{name}\n\n{docstring}", package)
 
 
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -27,27 +28,31 @@ def lcs_length(a: Sequence, b: Sequence) -> int:
     Bit i of V is 0 where the LCS of a[:i+1] with the b read so far is longer than that of a[:i];
     one token of b costs a few operations on integers of len(a) bits.
     """
+    return _lcs_length(_positions(a), len(a), b)
+
+
+def _positions(a: Sequence) -> dict:
+    """Token -> integer whose bit i says that a[i] is that token."""
     where: dict = {}
     for i, token in enumerate(a):
         where[token] = where.get(token, 0) | 1 << i
-    full = (1 << len(a)) - 1
+    return where
+
+
+def _lcs_length(where: Mapping, size: int, b: Sequence) -> int:
+    full = (1 << size) - 1
     v = full
     for token in b:
         match = where.get(token)
         if match:
             u = v & match
             v = ((v + u) | (v - u)) & full
-    return len(a) - v.bit_count()
+    return size - v.bit_count()
 
 
 def is_match(s_t: Sequence, s_e: Sequence) -> bool:
     """The report's rule as printed: LCS >= 13 tokens and >= 0.6 of the shorter sequence."""
     need = max(MIN_LCS, MIN_SHARE * min(len(s_t), len(s_e)))
-    if min(len(s_t), len(s_e)) < need:
-        return False
-    # An LCS is at most the bag intersection, which is cheaper.
-    if (Counter(s_t) & Counter(s_e)).total() < need:
-        return False
     return lcs_length(s_e, s_t) >= need
 
 
@@ -56,8 +61,15 @@ def is_match_windowed(s_t: Sequence, s_e: Sequence) -> bool:
     width, stride = 2 * len(s_e), max(1, len(s_e) // 2)
     if len(s_t) <= width:
         return is_match(s_t, s_e)
-    starts = [*range(0, len(s_t) - width, stride), len(s_t) - width]
-    return any(is_match(s_t[start : start + width], s_e) for start in starts)
+    need = max(MIN_LCS, MIN_SHARE * len(s_e))
+    where = _positions(s_e)
+    # An LCS has at most as many tokens as the window has tokens of the item: most windows end here.
+    known = [0, *accumulate(token in where for token in s_t)]
+    for start in [*range(0, len(s_t) - width, stride), len(s_t) - width]:
+        if known[start + width] - known[start] >= need:
+            if _lcs_length(where, len(s_e), s_t[start : start + width]) >= need:
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -84,30 +96,38 @@ class ContaminationIndex:
         if not 1 <= ngram <= MIN_LCS:
             raise ValueError(f"ngram is {ngram}, it must lie in 1 to {MIN_LCS} (the LCS minimum)")
         self.ngram = ngram
-        self.items: list[tuple[str, int, list[str]]] = []
+        self.items: list[tuple[str, int, list[str]]] = []  # benchmark, number in it, words
         self.skipped = 0
-        exact: dict[int, dict[int, int]] = {}  # length -> hash of the whole item -> item
-        by_ngram: dict[int, list[int]] = {}
         for name, texts in benchmarks.items():
             for number, text in enumerate(texts):
                 tokens = words(text)
                 if len(tokens) < _SHORTEST_ITEM:
                     self.skipped += 1
-                    continue
-                index = len(self.items)
-                self.items.append((name, number, tokens))
-                hashes = word_hashes(tokens)
-                whole = int(ngram_hashes(hashes, len(tokens))[0])
-                exact.setdefault(len(tokens), {}).setdefault(whole, index)
-                if len(tokens) >= MIN_LCS:
-                    for key in set(ngram_hashes(hashes, ngram).tolist()):
-                        by_ngram.setdefault(key, []).append(index)
-        self._by_ngram = {k: v for k, v in by_ngram.items() if len(v) <= max_frequency}
-        self._keys = np.array(sorted(self._by_ngram), dtype=np.uint64)
-        self._exact = [
-            (length, np.array(sorted(table), dtype=np.uint64), table)
-            for length, table in sorted(exact.items())
-        ]
+                else:
+                    self.items.append((name, number, tokens))
+        by_ngram, anchors = self._gate(max_frequency), self._anchors()
+        self._by_ngram, self._anchor_at = by_ngram, anchors
+        self._keys = np.array(sorted(by_ngram), dtype=np.uint64)
+        self._anchor_keys = np.array(sorted(anchors), dtype=np.uint64)
+
+    def _gate(self, max_frequency: int) -> dict[int, list[int]]:
+        """Telling n-gram -> the long items that contain it."""
+        found: dict[int, list[int]] = {}
+        for index, (_, _, tokens) in enumerate(self.items):
+            if len(tokens) >= MIN_LCS:
+                for key in set(ngram_hashes(word_hashes(tokens), self.ngram).tolist()):
+                    found.setdefault(key, []).append(index)
+        return {key: items for key, items in found.items() if len(items) <= max_frequency}
+
+    def _anchors(self) -> dict[int, list[tuple[int, int]]]:
+        """For each item its rarest 5-gram -> (item, offset): where to look for the whole item."""
+        grams = [ngram_hashes(word_hashes(t), _SHORTEST_ITEM).tolist() for _, _, t in self.items]
+        frequency = Counter(key for keys in grams for key in keys)
+        found: dict[int, list[tuple[int, int]]] = {}
+        for index, keys in enumerate(grams):
+            offset = min(range(len(keys)), key=lambda i: frequency[keys[i]])
+            found.setdefault(keys[offset], []).append((index, offset))
+        return found
 
     def find(self, text: str) -> Match | None:
         """The first test item this document contains under the windowed rule, else None."""
@@ -131,16 +151,19 @@ class ContaminationIndex:
 
     def candidates(self, tokens: Sequence[str]) -> list[int]:
         """Items that share a telling n-gram with the document, ascending."""
-        hits = members(ngram_hashes(word_hashes(tokens), self.ngram), self._keys)
-        return sorted({index for key in hits.tolist() for index in self._by_ngram[key]})
+        hashes = ngram_hashes(word_hashes(tokens), self.ngram)
+        hits = set(hashes[members(hashes, self._keys)].tolist())
+        return sorted({index for key in hits for index in self._by_ngram[key]})
 
-    def _find_exact(self, tokens: Sequence[str], below: int | None) -> int | None:
-        hashes = word_hashes(tokens)
-        for length, keys, table in self._exact:
-            if below is None or length < below:
-                hits = members(ngram_hashes(hashes, length), keys)
-                if len(hits):
-                    return table[int(hits[0])]
+    def _find_exact(self, tokens: list[str], below: int | None) -> int | None:
+        hashes = ngram_hashes(word_hashes(tokens), _SHORTEST_ITEM)
+        for at in members(hashes, self._anchor_keys):
+            for index, offset in self._anchor_at[int(hashes[at])]:
+                item, start = self.items[index][2], int(at) - offset
+                if below is not None and len(item) >= below:
+                    continue
+                if start >= 0 and tokens[start : start + len(item)] == item:
+                    return index
         return None
 
     def _match(self, index: int, rule: str) -> Match:

@@ -201,7 +201,7 @@ class QualityClassifier:
         return float(np.quantile(self.heldout_scores, 1 - keep_share))
 
 
-_CLASSIFIER_CHARS = 4_000
+_CLASSIFIER_CHARS = 3_000
 
 
 def fit_classifier(
@@ -226,8 +226,8 @@ def fit_classifier(
             raise ValueError(f"all {len(side)} {name} labels are equal; judge more documents")
     # L2-normalised counts: a long text does not score higher for being long.
     model = make_pipeline(
-        HashingVectorizer(ngram_range=(1, 2), n_features=2**17, alternate_sign=False),
-        LogisticRegression(C=30.0, max_iter=300, class_weight="balanced"),
+        HashingVectorizer(ngram_range=(1, 2), n_features=2**16, alternate_sign=False),
+        LogisticRegression(C=30.0, solver="liblinear", class_weight="balanced", random_state=seed),
     )
     model.fit([texts[i] for i in train], y[train])
     scores = model.predict_proba([texts[i] for i in held])[:, 1]

@@ -62,8 +62,8 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def members(hashes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The entries of `hashes` that are in the sorted array `keys`."""
+    """Indices of the entries of `hashes` that are in the sorted array `keys`."""
     if not len(keys):
-        return hashes[:0]
+        return np.empty(0, dtype=np.int64)
     at = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
-    return hashes[keys[at] == hashes]
+    return np.flatnonzero(keys[at] == hashes)

@@ -1,21 +1,18 @@
 """Public tables of training runs, fetched when needed and never shipped with this package.
 
-Each loader takes a local path first (a file, or a folder that holds it), then the folder named by
-the environment variable QWENLIB_SHARED_DATA, then `qwenlib.assets.fetch`.
+Each loader takes a local path (a file, or a folder that holds it); without one,
+`qwenlib.assets.fetch` finds or downloads the table and checks its hash.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-FILES = {
-    "chinchilla-runs": "chinchilla_svg_extracted_data.csv",
-    "steplaw-dense-runs": "steplaw_dense_lr_bs_loss.csv",
-}
+from qwenlib import assets
+
 STEP_LAW_SEQ_LEN = 2048  # its `bs` column counts sequences of this length
 
 
@@ -47,22 +44,10 @@ class StepLawRuns:
 
 
 def find_table(name: str, path: str | Path | None = None) -> Path:
-    """Path of one public table.
-
-    Raises FileNotFoundError when a given path or QWENLIB_SHARED_DATA does not hold the file, and
-    whatever `assets.fetch` raises when it cannot be downloaded.
-    """
-    if name not in FILES:
-        raise KeyError(f"no public table {name!r}: have {sorted(FILES)}")
-    place = path or os.environ.get("QWENLIB_SHARED_DATA")
-    if place:
-        found = Path(place) / FILES[name] if Path(place).is_dir() else Path(place)
-        if not found.is_file():
-            raise FileNotFoundError(f"{found}: no such file; it should be {FILES[name]}")
-        return found
-    from qwenlib import assets
-
-    return Path(assets.fetch(name))
+    """Path of one public table; AssetError when it is neither here nor to be had."""
+    if path is not None and Path(path).is_dir():
+        path = Path(path) / assets.get(name).shared_name
+    return assets.fetch(name, path)
 
 
 def chinchilla_runs(path: str | Path | None = None) -> ChinchillaRuns:

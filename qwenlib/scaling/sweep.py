@@ -38,6 +38,7 @@ class SweepRun:
     hidden_size: int
     num_hidden_layers: int
     head_dim: int
+    ffn_ratio: int  # intermediate_size / hidden_size
     vocab_size: int
     seq_len: int
     batch_size: int  # rows of one optimiser step
@@ -46,6 +47,7 @@ class SweepRun:
     eval_batches: int  # held-out batches of batch_size rows
     data: str  # identifies the training and held-out tokens
     seed: int = 0
+    rope_theta: float = 10_000.0
     schedule: str = "cosine"
     autocast: str = "none"
 
@@ -57,7 +59,7 @@ class SweepRun:
 
     @property
     def config(self) -> QwenConfig:
-        """Dense Qwen2.5 of this size: F = 4 D, two query heads a key/value head, tied head."""
+        """Dense Qwen2.5 of this size: two query heads a key/value head where even, tied head."""
         heads = self.hidden_size // self.head_dim
         if heads < 1 or self.hidden_size % self.head_dim:
             raise ValueError(
@@ -66,12 +68,13 @@ class SweepRun:
         return QwenConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
-            intermediate_size=4 * self.hidden_size,
+            intermediate_size=self.ffn_ratio * self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=heads // 2 if heads % 2 == 0 else 1,
             max_position_embeddings=self.seq_len,
             head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
             tie_word_embeddings=True,
         )
 

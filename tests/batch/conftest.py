@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-PARAMETERS = '''profile: str = "tiny"  # tiny | small | full
+PARAMETERS = """profile: str = "tiny"  # tiny | small | full
 seed: int = 0  # every random choice follows from it
 device: str = "auto"  # auto | cpu | cuda
 run_dir: str = "runs/default"  # run folder
 wandb_mode: str = "disabled"  # offline | online | disabled
 missing_input: str = "build"  # build a missing stage, or stop
-'''
+"""
 
 PROFILE = """title = "{title}"
 needs = {needs}
@@ -51,7 +51,7 @@ KNOBS = {
 NEEDS = {"01_first": [], "02_second": ["01_first"], "03_other": [], "04_last": ["02_second"]}
 
 # A loop that keeps its state in run.dir/state and goes on from it, as a training loop does.
-SECOND = '''import json, os, time
+SECOND = """import json, os, time
 state = run.dir / "state" / "last.json"
 first = json.loads((run.input("01_first") / "number.json").read_text())
 step, total = json.loads(state.read_text()) if state.exists() else (0, first)
@@ -64,7 +64,7 @@ while step < p.max_steps:
     stages.write_json(state, [step, total])
     time.sleep(p.pause)
 (run.dir / "written.txt").unlink()
-'''
+"""
 BODY = {
     "01_first": "import random\nnumber = random.random() + p.max_steps\n"
     '(run.dir / "number.json").write_text(str(number))\nmetrics = {"number": number}\n',
@@ -90,8 +90,10 @@ def write_notebook(path: Path, cells: list[dict]) -> None:
     path.write_text(
         json.dumps(
             {
-                "cells": [title, *cells], "metadata": {"kernelspec": kernel},
-                "nbformat": 4, "nbformat_minor": 5,
+                "cells": [title, *cells],
+                "metadata": {"kernelspec": kernel},
+                "nbformat": 4,
+                "nbformat_minor": 5,
             }  # fmt: skip
         )
     )

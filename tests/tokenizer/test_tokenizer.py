@@ -225,6 +225,7 @@ def real(ranks_file):
     return Tokenizer.from_asset()
 
 
+@pytest.mark.network
 def test_real_vocabulary_layout(real):
     assert real.vocab_size == 151_665
     assert real.control["<|endoftext|>"] == 151_643
@@ -238,12 +239,14 @@ def test_real_vocabulary_layout(real):
     check_flags(real)
 
 
+@pytest.mark.network
 def test_real_vocabulary_known_ids(real):
     # From the public model cards and documentation of Qwen2.5.
     assert real.encode("Hello, world!") == [9707, 11, 1879, 0]
     assert real.encode("<|im_start|>system\n", allow_control=True) == [151644, 8948, 198]
 
 
+@pytest.mark.network
 def test_real_vocabulary_equals_tiktoken(real, ranks_file, samples):
     tiktoken = pytest.importorskip("tiktoken")
     lines = (line.split() for line in ranks_file.read_bytes().splitlines())

@@ -1,0 +1,1 @@
+"""Report §5: scores of finished models, and agreement with the reference implementation."""

@@ -1,0 +1,54 @@
+"""Prompt + completion rows for DPO and GRPO: right-padded ids with labels on the completion only.
+
+Shapes: N rows, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenlib.data.packing import IGNORE
+from qwenlib.post_training.sft import sequence_logprobs
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """Rows of prompt ids followed by completion ids; labels are -100 elsewhere.
+
+    Padding is on the right, where causal attention needs no mask to ignore it.
+    """
+
+    input_ids_NT: Tensor
+    labels_NT: Tensor
+
+    def to(self, device: torch.device | str) -> "CompletionBatch":
+        return CompletionBatch(self.input_ids_NT.to(device), self.labels_NT.to(device))
+
+
+def completion_batch(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+) -> CompletionBatch:
+    """Build rows from ids as they were sampled: text is never tokenised a second time.
+
+    Raises ValueError for an empty completion, which would have no label at all.
+    """
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    input_ids_NT = torch.full((len(prompts), width), pad_id)
+    labels_NT = torch.full((len(prompts), width), IGNORE)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not completion:
+            raise ValueError(f"completion {i} is empty; drop it before building a batch")
+        stop = len(prompt) + len(completion)
+        input_ids_NT[i, :stop] = torch.tensor([*prompt, *completion])
+        labels_NT[i, len(prompt) : stop] = torch.tensor(list(completion))
+    return CompletionBatch(input_ids_NT, labels_NT)
+
+
+def completion_logprobs(
+    model, batch: CompletionBatch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each completion token (N, T), and the mask of those tokens."""
+    logits_NTV = model(batch.input_ids_NT)
+    return sequence_logprobs(logits_NTV, batch.labels_NT, temperature)
