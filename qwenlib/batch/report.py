@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -131,7 +132,7 @@ def _chain(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> st
     levels = graph_.columns(graph)
     if not levels:
         return ""
-    wide, high, gap_x, gap_y = 106, 46, 20, 16
+    wide, high, gap_x, gap_y = 106, 54, 20, 16
     tallest = max(map(len, levels))
     place = {}
     for x, level in enumerate(levels):
@@ -149,11 +150,16 @@ def _chain(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> st
             )
     for name, (x, y) in place.items():
         colour = graph_.STATUS_COLOURS[status[name]]
+        lines = textwrap.wrap(graph[name].title, 17)[:2]
+        first = y + (36 if len(lines) == 1 else 31)
+        title = "".join(
+            f"<text x='{x + wide / 2}' y='{first + 13 * i}'>{escape(line)}</text>"
+            for i, line in enumerate(lines)
+        )
         parts.append(
             f"<a href='#{name}'><rect x='{x}' y='{y}' width='{wide}' height='{high}' rx='8' "
             f"style='stroke:{colour}' class='box {status[name]}'/>"
-            f"<text x='{x + wide / 2}' y='{y + 19}' class='number'>{name[:2]}</text>"
-            f"<text x='{x + wide / 2}' y='{y + 36}'>{escape(graph[name].title)}</text></a>"
+            f"<text x='{x + wide / 2}' y='{y + 17}' class='number'>{name[:2]}</text>{title}</a>"
         )
     width = 8 + len(levels) * (wide + gap_x) - gap_x
     height = 8 + tallest * (high + gap_y) - gap_y

@@ -227,6 +227,7 @@ class _Failed(Exception):
 def _papermill(step: Step, output: Path, progress: Progress) -> None:
     try:
         import papermill
+        from jupyter_client.kernelspec import NoSuchKernel
         from nbclient.exceptions import DeadKernelError
         from papermill.engines import NBClientEngine, papermill_engines
     except ImportError as error:
@@ -267,6 +268,7 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
             kernel_name="python3",
             language="python",
             progress_bar=False,
+            start_timeout=180,
             autosave_cell_every=10,
             request_save_on_cell_execute=True,
             extra_arguments=["--log-level=50"],  # the kernel's own notes; cell output is kept
@@ -279,6 +281,10 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
         raise _Failed(short, detail) from None
     except DeadKernelError:
         raise _Failed("the kernel died (often: out of memory)", f"  see {output}") from None
+    except NoSuchKernel as error:
+        raise EnvironmentProblem(f"{error}; install it:  pip install ipykernel") from None
+    except RuntimeError as error:  # the kernel did not come up
+        raise _Failed(f"the kernel did not start: {error}", "") from None
 
 
 def _record_failure(plan: Plan, step: Step, failure: _Failed, seconds: float) -> None:

@@ -145,6 +145,11 @@ def test_notebook_that_uses_a_set_with_a_card(house):
     assert not any("99_new" in line for line in check(house))
 
 
+def test_cell_that_is_not_python_is_named(house):
+    write_notebook(house, 'assets.fetch("secret-set"')
+    assert any("99_new.ipynb: cell 0 is not Python" in line for line in check(house))
+
+
 def test_notebook_weights_from_the_hub_need_a_card(house):
     write_notebook(house, 'm = AutoModelForCausalLM.from_pretrained("Owner/Model-7B")')
     assert any("uses 'Owner/Model-7B', which has no card" in line for line in check(house))
@@ -179,4 +184,4 @@ def test_missing_folder_is_named(house):
 
 def test_names_used_reads_calls_only():
     code = 'x = "code"\nprint("human-eval")\nfetch("a")\nassets.fetch(name="b")\nfetch(variable)'
-    assert names_used(code) == ["a", "b"]
+    assert names_used(code) == ("a", "b")

@@ -145,6 +145,21 @@ def test_short_items_match_word_for_word_only():
     assert index.find("Q: what is 15 - 43 + 20?") is None
 
 
+def test_find_exact_equals_a_search_at_every_place():
+    rng = random.Random(0)
+    items = [" ".join(rng.choices("abcd", k=rng.randint(5, 9))) for _ in range(60)]
+    index = ContaminationIndex({"b": items})
+    hits = 0
+    for _ in range(200):
+        text = " ".join(rng.choices("abcd", k=40))
+        inside = any(f" {item} " in f" {text} " for item in items)
+        match = index.find_exact(text)
+        assert (match is not None) == inside
+        assert match is None or f" {items[match.item]} " in f" {text} "
+        hits += inside
+    assert 20 < hits < 200
+
+
 def test_fixed_wording_of_many_items_is_no_evidence():
     template = "Solve the following problem step by step and give only the result at the end"
     items = [f"{template} : {a} * {a + 1}" for a in range(100, 120)]

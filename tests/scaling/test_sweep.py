@@ -1,0 +1,79 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from qwenlib.data.shards import write_shards
+from qwenlib.scaling import sweep
+
+
+@pytest.fixture
+def shards(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [np.cumsum(rng.integers(1, 3, size=60)) % 50 for _ in range(60)]
+    return (
+        write_shards(tmp_path / "train", texts[:50], 50),
+        write_shards(tmp_path / "heldout", texts[50:], 50),
+    )
+
+
+@pytest.fixture
+def plan(shards):
+    base = sweep.SweepRun(
+        hidden_size=16, num_hidden_layers=1, head_dim=8, ffn_ratio=2, vocab_size=50, seq_len=16,
+        batch_size=8, steps=4, learning_rate=0.02, eval_batches=2, data=sweep.data_id(*shards),
+    )  # fmt: skip
+    return [dataclasses.replace(base, steps=steps) for steps in (4, 60)]
+
+
+def test_rows_describe_the_runs(plan, shards, tmp_path):
+    rows = sweep.run_sweep(plan, *shards, tmp_path / "sweep.csv")
+    assert [row["D"] for row in rows] == [4 * 8 * 16, 60 * 8 * 16]
+    model = sweep.Qwen(plan[0].config)
+    assert rows[0]["N"] == sum(p.numel() for p in model.parameters())
+    assert rows[0]["N"] - rows[0]["N_body"] == 50 * 16
+    assert rows[0]["C"] > 6 * rows[0]["N_body"] * rows[0]["D"]  # the head costs too
+    assert rows[1]["C"] == pytest.approx(15 * rows[0]["C"])
+    assert rows[0]["heldout_loss"] == pytest.approx(np.log(50), abs=0.4)
+    assert rows[1]["heldout_loss"] < rows[0]["heldout_loss"] - 0.5
+
+
+def test_a_killed_sweep_goes_on(plan, shards, tmp_path, monkeypatch):
+    straight = sweep.run_sweep(plan, *shards, tmp_path / "straight.csv")
+    path = tmp_path / "sweep.csv"
+
+    def kill(row, index):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_sweep(plan, *shards, path, log=kill)
+    assert set(sweep.read_rows(path)) == {plan[0].key}
+    trained = []
+    original = sweep.train_one
+    monkeypatch.setattr(sweep, "train_one", lambda r, *a: trained.append(r.steps) or original(r, *a))
+    resumed = sweep.run_sweep(plan, *shards, path)
+    assert trained == [60]
+    for a, b in zip(straight, resumed, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    monkeypatch.setattr(sweep, "train_one", lambda *a: pytest.fail("trained a finished run"))
+    assert sweep.run_sweep(plan, *shards, path) == list(sweep.read_rows(path).values())
+
+
+def test_key_follows_every_setting(plan):
+    run = plan[0]
+    changed = [
+        dataclasses.replace(run, steps=5), dataclasses.replace(run, learning_rate=0.021),
+        dataclasses.replace(run, seed=1), dataclasses.replace(run, data="other"),
+    ]  # fmt: skip
+    assert len({r.key for r in [run, *changed]}) == 5
+
+
+def test_bad_input_is_named(plan, shards, tmp_path):
+    other = dataclasses.replace(plan[0], data="0" * 12)
+    with pytest.raises(ValueError, match="planned for data"):
+        sweep.run_sweep([other], *shards, tmp_path / "sweep.csv")
+    with pytest.raises(ValueError, match="head_dim"):
+        dataclasses.replace(plan[0], hidden_size=12).config  # noqa: B018
+    (tmp_path / "old.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="old.csv"):
+        sweep.read_rows(tmp_path / "old.csv")
