@@ -55,28 +55,24 @@ class Task:
         }
 
 
-def _add_steps(left: int, right: int) -> tuple[list[str], int]:
-    """left ± right in tens, then ones: each step is one table look-up and at most one carry."""
-    sign = "-" if right < 0 else "+"
-    tens, ones = divmod(abs(right), 10)
-    lines, total = [], left
-    for part in (tens * 10, ones):
-        if part:
-            result = total + (part if right > 0 else -part)
-            lines.append(f"{total} {sign} {part} = {result}")
-            total = result
-    if not lines:
-        lines.append(f"{left} {sign} 0 = {left}")
-    return lines, total
+def _running_totals(expression: str) -> list[int]:
+    """Totals after each term of an expression of + and -."""
+    parts = expression.split()
+    totals = [int(parts[0])]
+    for operator, term in zip(parts[1::2], parts[2::2], strict=True):
+        totals.append(totals[-1] + (int(term) if operator == "+" else -int(term)))
+    return totals
 
 
 def _solve_chain_sum(metadata: dict) -> list[str]:
-    parts = metadata["expression"].split()
-    total, lines = int(parts[0]), []
-    for operator, term in zip(parts[1::2], parts[2::2], strict=True):
-        steps, total = _add_steps(total, int(term) * (1 if operator == "+" else -1))
-        lines += steps
-    return lines
+    """One line a term: each step is one fact of the addition table."""
+    parts, totals = metadata["expression"].split(), _running_totals(metadata["expression"])
+    return [
+        f"{total} {operator} {term} = {result}"
+        for total, operator, term, result in zip(
+            totals, parts[1::2], parts[2::2], totals[1:], strict=False
+        )
+    ]
 
 
 def _solve_leg_counting(metadata: dict) -> list[str]:
@@ -125,9 +121,9 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "chain_sum": Family(
         "chain_sum",
-        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+        {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
         _solve_chain_sum,
-        lambda metadata, answer: int(answer) >= 0,
+        lambda metadata, answer: min(_running_totals(metadata["expression"])) >= 0,
     ),
     "leg_counting": Family(
         "leg_counting",

@@ -1,6 +1,7 @@
 """Edits of the scaling fits that a guard must notice."""
 
 import pytest
+
 from tests.mutations.harness import Mutation, assert_caught
 
 FIT = "tests/scaling/test_fit.py::"

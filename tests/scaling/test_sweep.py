@@ -50,7 +50,11 @@ def test_a_killed_sweep_goes_on(plan, shards, tmp_path, monkeypatch):
     assert set(sweep.read_rows(path)) == {plan[0].key}
     trained = []
     original = sweep.train_one
-    monkeypatch.setattr(sweep, "train_one", lambda r, *a: trained.append(r.steps) or original(r, *a))
+    def counted(planned, *rest):
+        trained.append(planned.steps)
+        return original(planned, *rest)
+
+    monkeypatch.setattr(sweep, "train_one", counted)
     resumed = sweep.run_sweep(plan, *shards, path)
     assert trained == [60]
     for a, b in zip(straight, resumed, strict=True):

@@ -1,0 +1,204 @@
+"""Record a finished run: benchmarks/results/*.json, and the tables in README.md and RESULTS.md.
+
+    python tools/record_results.py walk runs/walkthrough     # the walk: times and metrics
+    python tools/record_results.py seeds runs/seed0 runs/seed1 runs/seed2   # GRPO, several seeds
+    python tools/record_results.py tables                    # tables again from the records
+
+Every number in README.md and RESULTS.md comes from these records; a test compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "results"
+PICTURES = {"11_grpo": "grpo_curves", "07_context_extension": "passkey_map"}
+
+
+def read(run_dir: Path, stage: str) -> dict:
+    """One stage's results.json; exits when the stage is not done."""
+    path = run_dir / stage / "results.json"
+    if not path.is_file():
+        sys.exit(f"{path} is missing; run `make walkthrough` first")
+    results = json.loads(path.read_text())
+    if results["status"] != "done":
+        sys.exit(f"{stage} in {run_dir} is {results['status']}, not done")
+    return results
+
+
+def short(results: dict) -> dict:
+    """What a record keeps of a stage."""
+    keys = ("title", "profile", "seconds", "peak_memory_mb", "metrics", "environment", "finished")
+    return {key: results[key] for key in keys} | {"seed": results["parameters"]["seed"]}
+
+
+def record_walk(run_dir: Path) -> None:
+    """All chapters of a run, and the pictures that README shows."""
+    chapters = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    record = {chapter: short(read(run_dir, chapter)) for chapter in chapters}
+    write("walk_tiny.json", record)
+    for stage, figure in PICTURES.items():
+        shutil.copy(run_dir / stage / "figures" / f"{figure}.png", RECORDS / f"{figure}.png")
+
+
+def record_seeds(run_dirs: list[Path]) -> None:
+    """Chapter 11 of several runs."""
+    write("grpo_seeds.json", [short(read(run_dir, "11_grpo")) for run_dir in run_dirs])
+
+
+def write(name: str, record: object) -> None:
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    (RECORDS / name).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def load(name: str) -> object | None:
+    path = RECORDS / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def chapter_table(walk: dict) -> list[str]:
+    """README: chapters with their measured time and memory."""
+    lines = ["| notebook | what it ends with | time (`tiny`) | memory |", "|---|---|---|---|"]
+    for chapter, row in walk.items():
+        memory = f"{row['peak_memory_mb'] / 1000:.1f} GB"
+        lines.append(
+            f"| [{chapter}](notebooks/{chapter}.ipynb) | {ENDS[chapter]} | "
+            f"{row['seconds']:.0f} s | {memory} |"
+        )
+    total = sum(row["seconds"] for row in walk.values())
+    return [*lines, f"| all | | {total / 60:.1f} min | |"]
+
+
+ENDS = {
+    "00_start_here": "a map of the report and of this machine",
+    "01_architecture": "Table 1 to the last parameter; logits equal to transformers'",
+    "02_tokenizer": "a byte-level BPE trained here, beside the real vocabulary",
+    "04_pretraining_data": "filtered, deduplicated, decontaminated token shards",
+    "05_scaling_laws": "laws with intervals, on public runs and on our own sweep",
+    "06_pretraining": "a loss curve that the law predicted",
+    "07_context_extension": "a passkey map: base change and YaRN",
+    "08_sft": "a model that takes turns and shows its work",
+    "10_dpo": "pairs ordered by the implicit reward",
+    "11_grpo": "a rising reward curve",
+    "12_evaluation": "all models on the same questions, with intervals",
+}
+
+
+def key_numbers(walk: dict) -> list[str]:
+    """README and RESULTS: what the walk measured, one row a claim."""
+    m = {chapter: row["metrics"] for chapter, row in walk.items()}
+    pre, ext, sft = m["06_pretraining"], m["07_context_extension"], m["08_sft"]
+    dpo, grpo = m["10_dpo"], m["11_grpo"]
+    return [
+        "| measured in the walk (`tiny`, seed 0) | value |",
+        "|---|---|",
+        f"| held-out loss after pretraining, and chapter 05's prediction | "
+        f"{pre['held_out_loss']:.3f}, {pre['predicted_loss']:.3f} "
+        f"({percent(pre['prediction_error'])} off) |",
+        f"| pass keys found at 4× the training length, without and with the extension | "
+        f"{percent(ext['passkey_without'])}, {percent(ext['passkey_with'])} |",
+        f"| exact match on held-out questions, before and after SFT | "
+        f"{percent(pre['base_exact_match'])}, {percent(sft['exact_match'])} |",
+        f"| held-out pairs that DPO's implicit reward orders | "
+        f"{percent(dpo['implicit_accuracy'])} |",
+        f"| held-out pass@1 before and after GRPO | "
+        f"{percent(grpo['pass@1_before'])}, {percent(grpo['pass@1'])} |",
+    ]
+
+
+def seed_table(seeds: list[dict]) -> list[str]:
+    """RESULTS: GRPO's gain in several seeds."""
+    lines = ["| seed | pass@1 before | pass@1 after | gain (points) | 95 % interval |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for row in seeds:
+        m = row["metrics"]
+        lines.append(
+            f"| {row['seed']} | {percent(m['pass@1_before'])} | {percent(m['pass@1'])} | "
+            f"{m['gain_points']:+.1f} | {m['gain_low']:+.1f} to {m['gain_high']:+.1f} |"
+        )
+    return lines
+
+
+def device_line(walk: dict) -> list[str]:
+    """RESULTS: where and with what the walk ran."""
+    facts = walk["11_grpo"]["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"Device: {facts['device']}, {facts['threads']} threads, {facts['platform']}; Python "
+        f"{facts['python']}; {versions}; revision `{facts['git']}`; {walk['11_grpo']['finished']}."
+    ]
+
+
+def stage_metrics(walk: dict) -> list[str]:
+    """RESULTS: every scalar metric of every stage."""
+    lines = ["| stage | metric | value |", "|---|---|---|"]
+    for chapter, row in walk.items():
+        for name, value in flatten(row["metrics"]):
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            lines.append(f"| {chapter} | {name} | {text} |")
+    return lines
+
+
+def flatten(metrics: dict, prefix: str = "") -> list[tuple[str, object]]:
+    rows = []
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            rows += flatten(value, f"{prefix}{name} / ")
+        elif isinstance(value, (int, float, str, bool)) or value is None:
+            rows.append((prefix + name, value))
+    return rows
+
+
+def tables() -> dict[str, list[str]]:
+    """Marker -> lines, for every record that exists."""
+    walk, seeds = load("walk_tiny.json"), load("grpo_seeds.json")
+    out = {}
+    if walk:
+        out |= {
+            "chapters": chapter_table(walk),
+            "numbers": key_numbers(walk),
+            "device": device_line(walk),
+            "metrics": stage_metrics(walk),
+        }
+    if seeds:
+        out["seeds"] = seed_table(seeds)
+    return out
+
+
+def filled(text: str) -> str:
+    """`text` with every marked block replaced by its table."""
+    for name, lines in tables().items():
+        block = "\n".join([f"<!-- {name}: begin -->", *lines, f"<!-- {name}: end -->"])
+        pattern = rf"<!-- {name}: begin -->.*?<!-- {name}: end -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("walk", "seeds", "tables"))
+    parser.add_argument("run_dirs", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "walk":
+        if len(arguments.run_dirs) != 1:
+            parser.error("walk takes one run folder")
+        record_walk(arguments.run_dirs[0])
+    elif arguments.what == "seeds":
+        record_seeds(arguments.run_dirs)
+    for name in ("README.md", "RESULTS.md"):
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
