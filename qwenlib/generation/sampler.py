@@ -32,7 +32,7 @@ def generate(
 
     Prompts are padded on the left and prefilled once for all their samples. Rows that have stopped
     leave the batch. The draw depends on (seed, batch composition) only.
-    Raises ValueError for an empty prompt or one that leaves no room.
+    Raises ValueError for an empty prompt or a max_new_tokens below 1.
     """
     if not prompts:
         return Generation([], [])

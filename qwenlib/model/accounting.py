@@ -47,14 +47,17 @@ def kv_bytes_per_token(config: QwenConfig, bytes_per_value: int = 2) -> int:
 
 
 def flops_per_token(config: QwenConfig, context: int, training: bool = False) -> float:
-    """Matrix-multiply FLOPs a token: 2 a weight (head included) plus causal attention.
+    """Matrix-multiply FLOPs a token: 2 a weight (head included, biases not) plus attention.
 
     Attention: scores and values, 2 * 2 * H * K for each of the (context + 1) / 2 keys a token sees
     on average. Training counts the backward pass as twice the forward.
     """
     count = parameter_count(config)
     head = config.vocab_size * config.hidden_size
-    weights = count.attention + count.ffn + head
+    biases = config.num_hidden_layers * config.head_dim * (
+        config.num_attention_heads + 2 * config.num_key_value_heads
+    )
+    weights = count.attention - biases + count.ffn + head
     keys = (context + 1) / 2
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
     return (2 * weights + scores) * (3 if training else 1)

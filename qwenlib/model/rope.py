@@ -12,8 +12,11 @@ from qwenlib.model.config import QwenConfig, YarnConfig
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """θ^(-2j/K) for j in 0 … K/2-1, fp32 (arXiv 2104.09864)."""
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    """θ^(-2j/K) for j in 0 … K/2-1, fp32 (arXiv 2104.09864).
+
+    Written as 1 / θ^(2j/K), as in the released code: another rounding shows at far positions.
+    """
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def yarn_ramp(head_dim: int, theta: float, yarn: YarnConfig) -> tuple[int, int, Tensor]:

@@ -61,7 +61,7 @@ def build_pairs(answers: Answers, per_task: int = 1, max_length_ratio: float = 1
 def _spread(right: list, wrong: list) -> list[tuple]:
     """All pairs, those that repeat an answer last."""
     order = [(a, b) for a in range(len(right)) for b in range(len(wrong))]
-    order.sort(key=lambda ab: (max(ab), abs(ab[0] - ab[1]), ab))
+    order.sort(key=lambda ab: (abs(ab[0] - ab[1]), ab))
     return [(right[a], wrong[b]) for a, b in order]
 
 

@@ -95,7 +95,8 @@ class Episodes:
             useful[start : start + self.micro_batch_size]
             for start in range(0, len(useful), self.micro_batch_size)
         ] or [[0]]
-        left_out = len(rewards_N) - len(useful)
+        used = {i for part in parts for i in part}
+        left_out = [len(c) for i, c in enumerate(answers.completions) if i not in used]
         batches = []
         for k, part in enumerate(parts):
             rows = completion_batch(
@@ -103,7 +104,9 @@ class Episodes:
                 [answers.completions[i] for i in part],
                 self.tokenizer.pad_token_id,
             )
-            extra = {"rows_left_out": float(left_out if k == 0 else 0)}
+            extra = {"rows_left_out": len(left_out), "tokens_left_out": sum(left_out)}
+            if k:
+                extra = dict.fromkeys(extra, 0)  # counted once a step
             batches.append(RolloutBatch(rows, advantages_N[part], stats | extra))
         return batches
 
@@ -117,7 +120,7 @@ def rollout_loss(temperature: float, aggregate: str = "sequence") -> Callable:
         loss_sum, count, _ = grpo_loss(
             logp_NT, None, batch.advantages_N.to(logp_NT.device), mask_NT, aggregate=aggregate
         )
-        left_out = int(batch.stats["rows_left_out"]) if aggregate == "sequence" else 0
+        left_out = batch.stats["tokens_left_out" if aggregate == "token" else "rows_left_out"]
         stats = {key: batch.stats[key] for key in ("reward", "zero_variance", "length", "finished")}
         return loss_sum, count + left_out, stats
 
