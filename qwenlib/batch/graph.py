@@ -85,12 +85,13 @@ def direct_needs(graph: Mapping[str, stages.Chapter], name: str) -> list[str]:
 
 
 def columns(graph: Mapping[str, stages.Chapter]) -> list[list[str]]:
-    """Stages by depth: those that need nothing first."""
+    """Stages by depth; in a column those that nobody needs stand first (above the chain)."""
     depth: dict[str, int] = {}
     for name in order(graph):
         depth[name] = 1 + max((depth[need] for need in graph[name].needs), default=-1)
+    needed = {need for chapter in graph.values() for need in chapter.needs}
     return [
-        [name for name in graph if depth[name] == level]
+        sorted((name for name in graph if depth[name] == level), key=lambda name: name in needed)
         for level in range(1 + max(depth.values(), default=-1))
     ]
 
@@ -105,7 +106,7 @@ def draw(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> Figu
     fig, ax = plt.subplots(figsize=(1.18 * len(levels) + 0.2, 0.8 * tallest + 0.2))
     wide, high = 0.78, 0.66  # of a box, where columns and rows are 1 apart
     place = {
-        name: (x, (len(level) - 1) / 2 - y)
+        name: (x, len(level) - 1 - y)  # columns stand on one line, so the chain is straight
         for x, level in enumerate(levels)
         for y, name in enumerate(level)
     }
@@ -122,8 +123,9 @@ def draw(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> Figu
             facecolor="white", edgecolor=colour, lw=2,
         )  # fmt: skip
         ax.add_patch(box)
-        label = f"{name[:2]}\n{textwrap.fill(graph[name].title, 13)}"
+        title = textwrap.fill(graph[name].title, 13, max_lines=2, placeholder=" …")
+        label = f"{name[:2]}\n{title}"
         ax.text(x, y, label, ha="center", va="center", fontsize=7.5)
-    ax.set(xlim=(-0.5, len(levels) - 0.5), ylim=(-tallest / 2, tallest / 2))
+    ax.set(xlim=(-0.5, len(levels) - 0.5), ylim=(-0.5, tallest - 0.5))
     ax.axis("off")
     return fig

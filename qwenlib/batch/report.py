@@ -136,7 +136,7 @@ def _chain(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> st
     tallest = max(map(len, levels))
     place = {}
     for x, level in enumerate(levels):
-        top = (tallest - len(level)) * (high + gap_y) / 2
+        top = (tallest - len(level)) * (high + gap_y)
         for y, name in enumerate(level):
             place[name] = (4 + x * (wide + gap_x), 4 + top + y * (high + gap_y))
     parts = []
@@ -150,7 +150,7 @@ def _chain(graph: Mapping[str, stages.Chapter], status: Mapping[str, str]) -> st
             )
     for name, (x, y) in place.items():
         colour = graph_.STATUS_COLOURS[status[name]]
-        lines = textwrap.wrap(graph[name].title, 17)[:2]
+        lines = textwrap.wrap(graph[name].title, 17, max_lines=2, placeholder=" …")
         first = y + (36 if len(lines) == 1 else 31)
         title = "".join(
             f"<text x='{x + wide / 2}' y='{first + 13 * i}'>{escape(line)}</text>"

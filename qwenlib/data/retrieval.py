@@ -39,36 +39,13 @@ def passkey_text(filler_sentences: int, depth: float, rng: random.Random) -> tup
     return " ".join(lines), key
 
 
-_SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
-
-
-def _word(rng: random.Random) -> str:
-    """An invented name of two or three syllables, so that no association can be known by heart."""
-    return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3))).capitalize()
-
-
-def records_text(entries: int, rng: random.Random) -> str:
-    """A small table of names with numbers or names, then every entry asked for in another order."""
-    values: dict[str, str] = {}
-    while len(values) < entries:
-        value = _word(rng) if rng.random() < 0.5 else str(rng.randint(0, 10 ** rng.randint(1, 4)))
-        values[_word(rng)] = value
-    asked = rng.sample(list(values), entries)
-    lines = [f"{name} has {value}." for name, value in values.items()]
-    lines += [f"What has {name}? {values[name]}." for name in asked]
-    return "\n".join(lines)
-
-
-def corpus_documents(seed: int, limit_mb: float, max_filler: int = 14) -> Iterator[Document]:
-    """Pages in turn: passkey among 0 … `max_filler` sentences of noise, and tables of records."""
+def corpus_documents(seed: int, limit_mb: float, max_filler: int = 8) -> Iterator[Document]:
+    """Passkey pages with their answers, with 0 … `max_filler` sentences of noise."""
     rng = random.Random(seed)
     budget, page = limit_mb * 1e6, 0
     while budget > 0:
-        if page % 2:
-            text = records_text(rng.randint(2, 7), rng)
-        else:
-            prompt, key = passkey_text(rng.randint(0, max_filler), rng.random(), rng)
-            text = f"{prompt} {key}."
+        prompt, key = passkey_text(rng.randint(0, max_filler), rng.random(), rng)
+        text = f"{prompt} {key}."
         budget -= len(text.encode())
         yield Document(f"retrieval-{seed}-{page}", text, "retrieval", "retrieval", "en")
         page += 1

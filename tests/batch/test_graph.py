@@ -10,7 +10,7 @@ def test_order_ancestors_columns_and_edges(walk):
     found = graph.chapters()
     assert graph.order(found) == ["01_first", "02_second", "03_other", "04_last"]
     assert graph.ancestors(found, "04_last") == {"01_first", "02_second"}
-    assert graph.columns(found) == [["01_first", "03_other"], ["02_second"], ["04_last"]]
+    assert graph.columns(found) == [["03_other", "01_first"], ["02_second"], ["04_last"]]
 
 
 def test_edges_that_another_need_includes_are_not_drawn(walk):
@@ -48,5 +48,5 @@ def test_draw_shows_every_stage(walk):
 
     fig = graph.draw(graph.chapters(), {"01_first": "done"})
     boxes = [text.get_text() for text in fig.axes[0].texts if text.get_text()]
-    assert boxes == ["01\nFirst", "03\nOther", "02\nSecond", "04\nLast"]
+    assert boxes == ["03\nOther", "01\nFirst", "02\nSecond", "04\nLast"]
     plt.close(fig)

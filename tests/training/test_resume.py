@@ -1,0 +1,133 @@
+"""A run that was cut off and resumed equals the straight run, bit for bit."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwenlib.data.packing import pack_rows
+from qwenlib.model import Qwen, QwenConfig
+from qwenlib.post_training.online_merging import OnlineMergingAdamW, task_vectors
+from qwenlib.training import TrainConfig, next_token_loss, train
+from qwenlib.training.loop import clear_state
+
+V, STEPS = 31, 8
+
+
+def model(seed=0) -> Qwen:
+    shape = QwenConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    return Qwen(shape).initialise(seed)
+
+
+def batches(step):
+    generator = torch.Generator().manual_seed(step)
+    docs = [(torch.randint(0, V, (12,), generator=generator).tolist(), None) for _ in range(3)]
+    return [pack_rows(docs, 16, pad_id=0)]
+
+
+def noisy_loss(net, batch):
+    """A loss that draws from all three global generators, as dropout would."""
+    loss, count, _ = next_token_loss(net, batch)
+    noise = torch.rand(()) + np.random.rand() + random.random()
+    return loss * (1 + noise), count, {"noise": noise}
+
+
+def config(**changes):
+    values = {"max_steps": STEPS, "learning_rate": 1e-2, "save_every": 3, "eval_every": 4}
+    return TrainConfig(**(values | changes))
+
+
+def merging(net):
+    start = {name: value.clone() for name, value in model(0).state_dict().items()}
+    base = {name: value - 0.01 for name, value in start.items()}
+    tau = task_vectors(net, start, base)
+    return OnlineMergingAdamW(
+        net.parameters(), tau, lr=1e-2, weight_decay=0.1, alpha=0.1, p=0.5, every=2
+    )
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+class Cut(Exception):
+    """Stands for the job's end."""
+
+
+def run(folder, net, optimizer=None, cut_at=None, settings=None):
+    def source(step):
+        if step == cut_at:
+            raise Cut
+        return batches(step)
+
+    return train(
+        net, source, noisy_loss, settings or config(), out_dir=folder,
+        evaluate=lambda m: {"first": float(next(m.parameters()).sum())},
+        optimizer=optimizer(net) if optimizer else None,
+    )  # fmt: skip
+
+
+def rows(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+@pytest.mark.parametrize("optimizer", [None, merging])
+@pytest.mark.parametrize("cut_at", [5, 7])
+def test_resumed_run_equals_the_straight_run(optimizer, cut_at):
+    with tempfile.TemporaryDirectory() as folder:
+        seed_all(0)
+        straight = run(None, model(0), optimizer)
+        seed_all(0)
+        cut = False
+        try:
+            run(folder, model(0), optimizer, cut_at)
+        except Cut:
+            cut = True
+        assert cut
+        seed_all(99)
+        resumed = run(folder, model(7), optimizer)  # other weights, other generators
+    assert rows(resumed.history) == rows(straight.history)
+    assert resumed.evaluations == straight.evaluations
+    weights = zip(resumed.model.parameters(), straight.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_only_the_newest_state_stays_and_can_be_cleared(tmp_path):
+    seed_all(0)
+    result = run(tmp_path, model())
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000006"]
+    again = run(tmp_path, model(7))  # from step 6, two steps to go
+    assert rows(again.history)[:6] == rows(result.history)[:6]
+    clear_state(tmp_path)
+    assert not (tmp_path / "state").exists()
+    clear_state(tmp_path)  # nothing there: nothing to do
+
+
+def test_an_interrupted_write_is_not_taken_for_a_state(tmp_path):
+    seed_all(0)
+    with pytest.raises(Cut):
+        run(tmp_path, model(), cut_at=4)
+    (tmp_path / "state" / ".partial_00000006").mkdir()
+    seed_all(0)
+    resumed = run(tmp_path, model())
+    assert [row["step"] for row in resumed.history] == list(range(1, STEPS + 1))
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    with pytest.raises(Cut):
+        run(tmp_path, model(), cut_at=4)
+    with pytest.raises(ValueError, match="settings of learning_rate, schedule"):
+        run(tmp_path, model(), settings=config(learning_rate=2e-2, schedule="linear"))
+
+
+def test_without_save_every_nothing_is_written(tmp_path):
+    run(tmp_path, model(), settings=config(save_every=0, max_steps=2))
+    assert not list(tmp_path.iterdir())
