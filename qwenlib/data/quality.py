@@ -178,7 +178,7 @@ def judge_score(text: str) -> int:
 
 @dataclass(frozen=True)
 class QualityClassifier:
-    """Logistic regression on hashed word 1- and 2-grams, with its held-out evidence."""
+    """Logistic regression on hashed 1- and 2-grams of words and symbols, with held-out evidence."""
 
     model: object  # scikit-learn pipeline
     auc: float  # held-out area under the ROC curve
@@ -224,9 +224,17 @@ def fit_classifier(
     for name, side in (("training", y[train]), ("held-out", y[held])):
         if len(set(side.tolist())) < 2:
             raise ValueError(f"all {len(side)} {name} labels are equal; judge more documents")
-    # L2-normalised counts: a long text does not score higher for being long.
+    # Presence, not counts, of words and of symbols (">>>" marks an example), scaled to length 1:
+    # a long text does not score higher for repeating itself.
+    features = HashingVectorizer(
+        ngram_range=(1, 2),
+        n_features=2**16,
+        binary=True,
+        alternate_sign=False,
+        token_pattern=r"\w+|[^\w\s]+",
+    )
     model = make_pipeline(
-        HashingVectorizer(ngram_range=(1, 2), n_features=2**16, alternate_sign=False),
+        features,
         LogisticRegression(C=30.0, solver="liblinear", class_weight="balanced", random_state=seed),
     )
     model.fit([texts[i] for i in train], y[train])

@@ -23,8 +23,15 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 def draw_key(rng: random.Random) -> str:
-    """A five-digit pass key; chance of guessing it is 1 in 90,000."""
-    return str(rng.randint(10_000, 99_999))
+    """Five different digits; chance of guessing them is 1 in 27,216.
+
+    They differ so that each digit names the next one: a repeated digit would have two successors,
+    and a small model learns the copying head that retrieval needs much later.
+    """
+    while True:
+        digits = rng.sample("0123456789", 5)
+        if digits[0] != "0":
+            return "".join(digits)
 
 
 def passkey_text(filler_sentences: int, depth: float, rng: random.Random) -> tuple[str, str]:

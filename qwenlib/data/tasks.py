@@ -86,16 +86,6 @@ def _solve_leg_counting(metadata: dict) -> list[str]:
     return lines
 
 
-def _solve_number_filtering(metadata: dict) -> list[str]:
-    bound, kept = float(metadata["filter_value"]), set(metadata["result"])
-    lines = []
-    for number in metadata["original_numbers"]:
-        sign = ">" if float(number) > bound else "<" if float(number) < bound else "="
-        verdict = "keep" if number in kept else "drop"
-        lines.append(f"{number} {sign} {metadata['filter_value']}: {verdict}")
-    return lines
-
-
 def _solve_family(metadata: dict) -> list[str]:
     return [f"{metadata['person1']} is the {metadata['relationship']} of {metadata['person2']}."]
 
@@ -130,14 +120,6 @@ FAMILIES: dict[str, Family] = {
         {"min_animals": 1, "max_animals": 2, "max_instances": 9},
         _solve_leg_counting,
     ),
-    "number_filtering": Family(
-        "number_filtering",
-        {
-            "min_numbers": 3, "max_numbers": 4, "max_decimals": 0, "min_value": 0,
-            "max_value": 9,
-        },
-        _solve_number_filtering,
-    ),
     "family_relationships": Family(
         "family_relationships",
         {"min_family_size": 3, "max_family_size": 4},
@@ -145,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         # The generator names in-laws inversely (a son's wife is its "mother-in-law").
         lambda metadata, answer: not answer.endswith("-in-law"),
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache

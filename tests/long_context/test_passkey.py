@@ -83,7 +83,9 @@ def test_scores_belong_to_their_depth(monkeypatch):
     def generate(model, prompts, *_, **__):
         texts = [tokenizer().decode(prompt) for prompt in prompts]
         seen.extend(texts)
-        hits = [t.split("The pass key is ")[1][:5] if t.startswith("The pass") else "" for t in texts]
+        hits = [
+            t.split("The pass key is ")[1][:5] if t.startswith("The pass") else "" for t in texts
+        ]
         return Generation([tokenizer().encode(f" {hit}.") for hit in hits], [True] * len(hits))
 
     monkeypatch.setattr(passkey, "generate", generate)

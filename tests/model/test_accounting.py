@@ -39,7 +39,9 @@ def test_presets_are_the_seven_of_the_report():
     assert set(PRESETS) == set(EXACT) == set(PUBLISHED_BILLIONS)
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), TINY, TINY.replace(tie_word_embeddings=True)])
+@pytest.mark.parametrize(
+    "config", [*PRESETS.values(), TINY, TINY.replace(tie_word_embeddings=True)]
+)
 def test_counts_equal_the_module(config):
     with torch.device("meta"):
         model = Qwen(config)

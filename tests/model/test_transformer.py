@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from qwenlib import kernels
 from qwenlib.data.packing import pack_rows
-from qwenlib.model import KVCache, Qwen, QwenConfig
+from qwenlib.model import KVCache, Qwen, QwenConfig, transformer
 from qwenlib.model.config import YarnConfig
 
 V, T = 101, 96
@@ -106,6 +106,18 @@ def test_padded_rows_equal_transformers_and_the_row_alone(side):
     for row in range(3):
         alone = model(ids[row][real[row]][None])[0]
         torch.testing.assert_close(got[row][real[row]], alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_positions_start_behind_the_padding():
+    """RoPE scores do not see a shift of all positions, so the shift is looked for by itself."""
+    model, seen = ours(config()), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = transformer.rope_tables
+        patch.setattr(transformer, "rope_tables", lambda p, *a: seen.append(p) or real(p, *a))
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+        model(tokens(length=4), attention_mask_BS=mask)
+    assert seen[0].tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
 
 
 @torch.no_grad()
@@ -255,7 +267,9 @@ def test_packed_row_equals_its_documents_alone():
         if len(ids) > 1:
             F.cross_entropy(alone[0, :-1], torch.tensor(ids[1:]), reduction="sum").backward()
     for got, parameter in zip(gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad, atol=1e-5 * float(got.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(
+            got, parameter.grad, atol=1e-5 * float(got.abs().max()), rtol=1e-4
+        )
 
 
 def test_tied_head_is_one_parameter():
@@ -266,7 +280,11 @@ def test_tied_head_is_one_parameter():
 
 def test_initialise_is_seeded_and_scaled():
     shape = config(initializer_range=0.05)
-    one, two, other = Qwen(shape).initialise(3), Qwen(shape).initialise(3), Qwen(shape).initialise(4)
+    one, two, other = (
+        Qwen(shape).initialise(3),
+        Qwen(shape).initialise(3),
+        Qwen(shape).initialise(4),
+    )
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     for name, parameter in one.named_parameters():

@@ -15,7 +15,8 @@ def test_sweep_uses_the_recipe_of_the_run_it_predicts(profile):
         theirs["intermediate_size"] / theirs["hidden_size"], abs=0.3
     )
     assert max(ours["hidden_sizes"]) < theirs["hidden_size"]
-    assert max(ours["sweep_steps"]) < theirs["max_steps"]
+    tokens = theirs["max_steps"] * theirs["batch_rows"] * theirs["seq_len"]
+    assert max(ours["sweep_tokens"]) < tokens
     assert len(ours["layers"]) == len(ours["hidden_sizes"]) >= 2
     for width in ours["hidden_sizes"]:
         assert width % ours["head_dim"] == 0

@@ -34,8 +34,8 @@ def test_rows_describe_the_runs(plan, shards, tmp_path):
     assert rows[0]["N"] - rows[0]["N_body"] == 50 * 16
     assert rows[0]["C"] > 6 * rows[0]["N_body"] * rows[0]["D"]  # the head costs too
     assert rows[1]["C"] == pytest.approx(15 * rows[0]["C"])
-    assert rows[0]["heldout_loss"] == pytest.approx(np.log(50), abs=0.4)
-    assert rows[1]["heldout_loss"] < rows[0]["heldout_loss"] - 0.5
+    # Steps are 1 or 2 upwards, at random: between ln 2 for a perfect model and ln 50 for none.
+    assert np.log(50) > rows[0]["heldout_loss"] > rows[1]["heldout_loss"] + 0.5 > np.log(2)
 
 
 def test_a_killed_sweep_goes_on(plan, shards, tmp_path, monkeypatch):

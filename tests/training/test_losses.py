@@ -28,7 +28,10 @@ def documents(seed=0, lengths=(30, 12, 1, 9, 22, 2)):
     """(ids, mask) pairs, every other one masked as a conversation would be."""
     rng = random.Random(seed)
     return [
-        ([rng.randrange(V) for _ in range(n)], [rng.randrange(2) for _ in range(n)] if i % 2 else None)
+        (
+            [rng.randrange(V) for _ in range(n)],
+            [rng.randrange(2) for _ in range(n)] if i % 2 else None,
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -52,7 +55,9 @@ def test_packed_loss_and_gradients_equal_documents_alone():
     assert int(count) == labels
     assert loss.item() == pytest.approx(total, rel=1e-5)
     for got, parameter in zip(packed, net.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad, atol=1e-5 * float(got.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(
+            got, parameter.grad, atol=1e-5 * float(got.abs().max()), rtol=1e-4
+        )
 
 
 def test_first_loss_is_ln_v():

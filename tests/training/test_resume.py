@@ -2,7 +2,6 @@
 
 import random
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +69,7 @@ def run(folder, net, optimizer=None, cut_at=None, settings=None):
 
     return train(
         net, source, noisy_loss, settings or config(), out_dir=folder,
-        evaluate=lambda m: {"first": float(next(m.parameters()).sum())},
+        evaluate=lambda m: {"first": next(m.parameters()).sum().item()},
         optimizer=optimizer(net) if optimizer else None,
     )  # fmt: skip
 

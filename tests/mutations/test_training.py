@@ -1,0 +1,99 @@
+"""Edits of the loop, resuming, packing, episodes and pairs that a guard must notice."""
+
+import pytest
+
+from tests.mutations.harness import Mutation, assert_caught
+
+LOOP, RESUME = "qwenlib.training.loop", "qwenlib.training.resume"
+LOSSES, PACKING = "qwenlib.training.losses", "qwenlib.data.packing"
+ROLLOUTS, PREFERENCES = "qwenlib.post_training.rollouts", "qwenlib.post_training.preferences"
+TRAINING = "tests/training/"
+MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
+RESUMED = TRAINING + "test_resume.py::test_resumed_run_equals_the_straight_run"
+ALONE = TRAINING + "test_losses.py::test_packed_loss_and_gradients_equal_documents_alone"
+FLAT = "tests/post_training/test_rollouts.py::test_flat_groups_left_out_change_nothing"
+PAIRS = "tests/post_training/test_preferences.py::"
+
+CASES = [
+    Mutation("denominator of one micro-batch", LOOP, "parameter.grad.div_(count)",
+             "parameter.grad.div_(float(n) * len(micro_batches))", MICRO),
+    Mutation("mean of micro-batch means", LOOP, "        loss_sum.backward()\n",
+             "        (loss_sum / n * batch.num_targets * 1.5).backward()\n",
+             TRAINING + "test_loop.py::test_golden_losses"),
+    Mutation("loss of the last micro-batch", LOOP, "total, count = total + float(loss_sum.detach()),",
+             "total, count = float(loss_sum.detach()),", MICRO),
+    Mutation("no clipping", LOOP, 'config.grad_clip or float("inf")', 'float("inf")',
+             TRAINING + "test_loop.py::test_gradient_is_clipped_to_the_norm"),
+    Mutation("gradients carried over", LOOP, "    optimizer.zero_grad(set_to_none=True)\n", "",
+             TRAINING + "test_loop.py::test_golden_losses"),
+    Mutation("schedule one step late", LOOP, "            step, config.max_steps, config.learning",
+             "            max(step - 1, 0), config.max_steps, config.learning",
+             TRAINING + "test_loop.py::test_history_log_and_schedule"),
+    Mutation("warm-up from zero", "qwenlib.training.schedule", "peak * (step + 1) / warmup_steps",
+             "peak * step / warmup_steps", TRAINING + "test_schedule.py::test_end_points"),
+    Mutation("gains decay", "qwenlib.training.optim", '"weight_decay": 0.0}',
+             '"weight_decay": weight_decay}',
+             TRAINING + "test_loop.py::test_decay_touches_matrices_only"),
+    Mutation("generators not restored", RESUME, '    _set_random_state(meta["random"])\n', "",
+             RESUMED),
+    Mutation("NumPy's generator not restored", RESUME,
+             '    np.random.set_state(state["numpy"])\n', "", RESUMED),
+    Mutation("step not restored", RESUME, 'return meta["step"], meta["extra"]',
+             'return 0, meta["extra"]', RESUMED),
+    Mutation("step off by one", RESUME, 'return meta["step"], meta["extra"]',
+             'return meta["step"] + 1, meta["extra"]', RESUMED),
+    Mutation("moments not saved", RESUME, "    dcp.save(state,",
+             '    state["optimizer"] = {\n'
+             '        key: torch.zeros_like(value) for key, value in state["optimizer"].items()\n'
+             "    }\n    dcp.save(state,", RESUMED),
+    Mutation("weights not restored", RESUME, "    dcp.save(state,",
+             '    state["model"] = {\n'
+             '        key: value + 1e-3 for key, value in state["model"].items()\n'
+             "    }\n    dcp.save(state,", RESUMED),
+    Mutation("history not restored", LOOP, 'extra["history"], extra["evaluations"]',
+             '[], extra["evaluations"]', RESUMED),
+    Mutation("first label kept", PACKING, "            labels_BT[row, start] = IGNORE", "            pass",
+             ALONE),
+    Mutation("packed positions run on", PACKING, "np.arange(len(ids))",
+             "np.arange(start, start + len(ids))",
+             "tests/data/test_packing.py::test_rows_hold_every_document_with_labels_positions_and_ids"),
+    Mutation("documents see each other", LOSSES,
+             "model(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT)",
+             "model(batch.input_ids_BT, batch.position_ids_BT)", ALONE),
+    Mutation("no shift", LOSSES, "targets = labels_BT[:, 1:]", "targets = labels_BT[:, :-1]", ALONE),
+    Mutation("mean for sum", LOSSES, 'reduction="sum")', 'reduction="mean")', ALONE),
+    Mutation("held-out mean of means", LOSSES, "total + float(loss_sum), count + int(n)",
+             "total + float(loss_sum) / int(n), count + 1",
+             TRAINING + "test_losses.py::test_held_out_loss_is_a_mean_over_tokens_not_batches"),
+    Mutation("rows left out not counted", ROLLOUTS, "return loss_sum, count + left_out, stats",
+             "return loss_sum, count, stats", FLAT),
+    Mutation("rows left out counted in each part", ROLLOUTS, "            if k:\n",
+             "            if False:\n", FLAT),
+    Mutation("the same draw each step", ROLLOUTS, "seed=self.seed * 1_000_003 + step",
+             "seed=self.seed * 1_000_003", "tests/post_training/test_rollouts.py::"
+             "test_batch_is_a_function_of_weights_and_step"),
+    Mutation("chosen and rejected exchanged", PREFERENCES,
+             "[pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
+             "[pair.rejected for pair in pairs] + [pair.chosen for pair in pairs]",
+             PAIRS + "test_logprobs_equal_each_answer_alone"),
+    Mutation("reference rows not transposed", PREFERENCES, "].T.reshape(-1))", "].reshape(-1))",
+             PAIRS + "test_batches_are_a_function_of_the_step_with_matching_reference"),
+    Mutation("cut answers paired", PREFERENCES, "if answers.finished[j]:", "if True:",
+             PAIRS + "test_what_gives_no_pair"),
+    Mutation("answers repeated early", PREFERENCES, "(abs(ab[0] - ab[1]), ab)", "ab",
+             PAIRS + "test_pairs_use_different_answers_as_long_as_there_are_some"),
+    Mutation("any line with an answer", "qwenlib.data.tasks",
+             "if not lines or not lines[-1].startswith(ANSWER_PREFIX):",
+             "lines = [line for line in lines if line.startswith(ANSWER_PREFIX)]\n    if not lines:",
+             "tests/data/test_tasks.py::test_tricks_score_nothing"),
+    Mutation("partial credit", "qwenlib.data.tasks", "(answer, entry) == 1.0)", "(answer, entry) > 0)",
+             "tests/data/test_tasks.py::test_tricks_score_nothing"),
+    Mutation("splits overlap", "qwenlib.data.tasks",
+             'wrong_split = is_held_out(question) != (split == "heldout")', "wrong_split = False",
+             "tests/data/test_tasks.py::test_splits_are_disjoint_by_text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", CASES, ids=lambda m: m.name)
+def test_turns_red(mutation):
+    assert_caught(mutation)
