@@ -41,9 +41,7 @@ class LongContextSampler:
         for row in range(self.retrieval_rows):
             parts.append(self._retrieval_row(random.Random(f"{self.seed}/{step}/{row}")))
         fields = ("input_ids_BT", "labels_BT", "position_ids_BT", "document_ids_BT")
-        return PackedBatch(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in fields)
-        )
+        return PackedBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
 
     def _retrieval_row(self, rng: random.Random) -> PackedBatch:
         """One row: a document of any length up to the row, then shorter ones while they fit."""

@@ -41,9 +41,8 @@ def parameter_count(config: QwenConfig) -> ParameterCount:
 
 def kv_bytes_per_token(config: QwenConfig, bytes_per_value: int = 2) -> int:
     """Bytes of cache that one token of one sequence occupies (keys and values, all layers)."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (
-        bytes_per_value
-    )
+    values_per_layer = 2 * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * values_per_layer * bytes_per_value
 
 
 def flops_per_token(config: QwenConfig, context: int, training: bool = False) -> float:
@@ -54,9 +53,8 @@ def flops_per_token(config: QwenConfig, context: int, training: bool = False) ->
     """
     count = parameter_count(config)
     head = config.vocab_size * config.hidden_size
-    biases = config.num_hidden_layers * config.head_dim * (
-        config.num_attention_heads + 2 * config.num_key_value_heads
-    )
+    biased_heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    biases = config.num_hidden_layers * biased_heads * config.head_dim
     weights = count.attention - biases + count.ffn + head
     keys = (context + 1) / 2
     scores = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys

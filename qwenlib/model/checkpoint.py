@@ -73,7 +73,7 @@ def load_pretrained(
     seen: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as handle:
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in handle.keys():  # safe_open is no mapping
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue
                 tensor = handle.get_tensor(name)

@@ -185,9 +185,7 @@ class Qwen(nn.Module):
         return F.linear(x_BTD, self.lm_head.weight)
 
 
-def attention_mask(
-    T: int, past: int, document_ids_BT, attention_mask_BS, device
-) -> Tensor | None:
+def attention_mask(T: int, past: int, document_ids_BT, attention_mask_BS, device) -> Tensor | None:
     """True where query t (column past + t) may look: not ahead, real keys, its own document.
 
     None when plain causal attention says the same, so that the fast path can be taken.

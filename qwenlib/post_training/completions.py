@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qwenlib.data.packing import IGNORE
-from qwenlib.post_training.sft import sequence_logprobs
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,15 @@ def completion_batch(
 def completion_logprobs(
     model, batch: CompletionBatch, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each completion token (N, T), and the mask of those tokens."""
-    logits_NTV = model(batch.input_ids_NT)
-    return sequence_logprobs(logits_NTV, batch.labels_NT, temperature)
+    """Log-probability of each completion token (N, T), and the mask of those tokens.
+
+    Only the positions that predict a completion token go through the head: most of a row is
+    prompt, and the head is the widest matrix. Equal to `sequence_logprobs(model(ids), labels)`.
+    """
+    mask_NT = batch.labels_NT != IGNORE
+    mask_NT[:, 0] = False
+    hidden_MD = model.hidden(batch.input_ids_NT)[:, :-1][mask_NT[:, 1:]]
+    logits_MV = model.lm_head(hidden_MD).float() / temperature
+    chosen_M = logits_MV.gather(-1, batch.labels_NT[mask_NT].unsqueeze(-1)).squeeze(-1)
+    logp_M = chosen_M - logits_MV.logsumexp(-1)
+    return logp_M.new_zeros(mask_NT.shape).masked_scatter(mask_NT, logp_M), mask_NT

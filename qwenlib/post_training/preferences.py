@@ -35,15 +35,23 @@ class PairBatch:
     reference_2B: Tensor
 
 
-def build_pairs(answers: Answers, per_task: int = 1, max_length_ratio: float = 1.65) -> list[Pair]:
+def build_pairs(
+    answers: Answers, per_task: int = 1, min_pass_rate: float = 0.0,
+    max_length_ratio: float = 1.65,
+) -> list[Pair]:  # fmt: skip
     """Pair right answers with wrong ones of the same task; a task needs both to give any.
 
-    Answers that were cut at the length limit are left out, and so are pairs whose lengths differ
-    by more than the ratio (a length is an easier lesson than the content). Identical answers count
-    once. The pairs of a task use different answers as long as there are some.
+    Tasks of which less than `min_pass_rate` of the answers are right give no pair: a verifier that
+    looks at the last line lets lucky guesses pass, and they are most of what a hard task's "right"
+    answers are. Answers that were cut at the length limit are left out, and so are pairs whose
+    lengths differ by more than the ratio (a length is an easier lesson than the content). Identical
+    answers count once. The pairs of a task use different answers as long as there are some.
     """
     pairs = []
     for i, task in enumerate(answers.tasks):
+        scores = [answers.scores[j] for j in answers.of_task(i)]
+        if sum(scores) < min_pass_rate * len(scores):
+            continue
         right, wrong = {}, {}
         for j in answers.of_task(i):
             if answers.finished[j]:
@@ -66,9 +74,7 @@ def _spread(right: list, wrong: list) -> list[tuple]:
 
 
 @torch.no_grad()
-def summed_logprobs(
-    model, pairs: Sequence[Pair], pad_id: int, batch_size: int = 64
-) -> Tensor:
+def summed_logprobs(model, pairs: Sequence[Pair], pad_id: int, batch_size: int = 64) -> Tensor:
     """Log-probability of each answer: (pairs, 2), chosen then rejected."""
     was_training = model.training
     model.eval()

@@ -62,9 +62,7 @@ class Episodes:
     def queries_of(self, step: int) -> list[Task]:
         """The next slice of the ordered queries, from the front again after the last."""
         first = step * self.queries_per_step
-        return [
-            self.queries[(first + i) % len(self.queries)] for i in range(self.queries_per_step)
-        ]
+        return [self.queries[(first + i) % len(self.queries)] for i in range(self.queries_per_step)]
 
     def batch(self, step: int) -> list[RolloutBatch]:
         """Sample, score and split the episode of `step`.

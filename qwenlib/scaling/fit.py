@@ -265,18 +265,21 @@ def bootstrap_power_law(
 
 
 def parabola_minimum(x, y) -> tuple[float, float]:
-    """Position of the minimum of y(ln x) by a parabola through the best point and its neighbours.
+    """Position of the minimum of y(ln x), by a least-squares parabola through all points.
 
-    Returns (x_min, curvature in y per (ln x)^2). Raises ValueError when the best point is at an
-    edge of the grid: the optimum is then outside and no fit can place it.
+    All points and not the best three: near the optimum the curve is flatter than the noise of a
+    run. Returns (x_min, curvature in y per (ln x)^2). Raises ValueError when the minimum is not
+    inside the grid, where no fit can place it.
     """
-    order = np.argsort(x)
-    u, v = np.log(np.asarray(x, float)[order]), np.asarray(y, float)[order]
-    k = int(np.argmin(v))
-    if k in (0, len(v) - 1):
-        raise ValueError(f"best value at the edge of the grid, x = {np.exp(u[k]):.3g}: widen it")
-    c2, c1, _ = np.polyfit(u[k - 1 : k + 2] - u[k], v[k - 1 : k + 2], 2)
-    return float(np.exp(u[k] - c1 / (2 * c2))), float(c2)
+    u, v = np.log(np.asarray(x, float)), np.asarray(y, float)
+    if len(np.unique(u)) < 3:
+        raise ValueError(f"{len(np.unique(u))} different points cannot determine a parabola")
+    centre = u.mean()
+    c2, c1, _ = np.polyfit(u - centre, v, 2)
+    place = centre - c1 / (2 * c2) if c2 > 0 else np.inf
+    if not u.min() <= place <= u.max():
+        raise ValueError(f"no minimum inside {np.exp(u.min()):.3g} to {np.exp(u.max()):.3g}: widen")
+    return float(np.exp(place)), float(c2)
 
 
 @dataclass(frozen=True)

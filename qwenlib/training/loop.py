@@ -156,9 +156,7 @@ def _step(model, micro_batches, loss_fn, optimizer, parameters, config, step) ->
     device = parameters[0].device
     total, count, sums = 0.0, 0, {}
     for batch in micro_batches:
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"
-        ):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
             loss_sum, n, stats = loss_fn(model, batch)
         loss_sum.backward()
         total, count = total + float(loss_sum.detach()), count + float(n)

@@ -11,8 +11,8 @@ def learning_rate_at(
 ) -> float:  # fmt: skip
     """Learning rate of optimiser step `step` (0-based); linear warm-up, then the named shape.
 
-    Every shape but constant ends at peak * min_ratio; wsd (warm-up, stable, decay) keeps the peak until the last
-    `decay_share` of the steps.
+    Every shape but constant ends at peak * min_ratio; wsd (warm-up, stable, decay) keeps the peak
+    until the last `decay_share` of the steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

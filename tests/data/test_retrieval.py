@@ -12,7 +12,7 @@ from qwenlib.data.retrieval import QUESTION, corpus_documents, needle_line, pass
 @pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
 def test_needle_at_its_depth(depth):
     text, key = passkey_text(20, depth, random.Random(0))
-    assert re.fullmatch(r"[1-9]\d{4}", key)
+    assert re.fullmatch(r"[1-9]\d{4}", key) and len(set(key)) == 5
     assert text.count(needle_line(key)) == 1 and text.endswith(QUESTION)
     before, after = text.removesuffix(QUESTION).split(needle_line(key))
     assert before.count(".") == round(20 * depth)

@@ -35,9 +35,10 @@ def test_splits_are_disjoint_by_text():
 
 
 def test_families_in_turn_and_seeds():
-    got = tasks(count=8)
+    count = 2 * len(FAMILIES)
+    got = tasks(count=count)
     assert [task.family for task in got] == [*FAMILIES] * 2
-    assert got == generate_tasks(8, 0) != generate_tasks(8, 1)
+    assert got == generate_tasks(count, 0) != generate_tasks(count, 1)
     only = generate_tasks(3, 0, families=("chain_sum",))
     assert {task.family for task in only} == {"chain_sum"}
 
@@ -64,13 +65,6 @@ def test_worked_steps_are_true():
         if task.family in ("chain_sum", "leg_counting"):
             assert steps[-1].split()[-1] == task.answer
     assert lines > 100
-
-
-def test_number_filtering_keeps_what_the_question_asks():
-    for task in tasks():
-        if task.family == "number_filtering":
-            kept = [s.split()[0] for s in task.solution.splitlines() if s.endswith("keep")]
-            assert sorted(kept) == sorted(re.findall(r"-?\d+", task.answer))
 
 
 def wrong_answers(task):

@@ -89,9 +89,10 @@ def test_prior_decides_what_the_data_leave_open():
     N, D = np.full(6, 1e6), np.geomspace(1e5, 1e6, 6)  # one size: alpha is unknown
     loss = forms.LossLaw(1.0, 20.0, 60.0, 0.3, 0.3).loss(N, D)
     priors = {"alpha": F.Prior(0.42, 0.05), "beta": F.Prior(0.3, 0.05), "E": F.Prior(1.0, 0.2)}
-    fit = F.fit_loss_law(N, D, loss, priors=priors)
+    scale = {"delta": 0.03, "noise": 0.02}
+    fit = F.fit_loss_law(N, D, loss, priors=priors, **scale)
     assert fit.law.alpha == pytest.approx(0.42, abs=0.01)
-    samples = F.bootstrap_loss_law(N, D, loss, fit, replicates=60, priors=priors)
+    samples = F.bootstrap_loss_law(N, D, loss, fit, replicates=60, priors=priors, **scale)
     assert samples[:, 3].std() == pytest.approx(0.05, rel=0.4)
 
 
@@ -140,8 +141,12 @@ def test_parabola_minimum():
     x = np.array([0.004, 0.016, 0.008, 0.002])
     best, curvature = F.parabola_minimum(x, 3 + 0.4 * np.log(x / 0.007) ** 2)
     assert best == pytest.approx(0.007) and curvature == pytest.approx(0.4)
-    with pytest.raises(ValueError, match="edge"):
-        F.parabola_minimum(x, x)
+    # A flat floor with noise: the best point is the first, the optimum is not.
+    best, _ = F.parabola_minimum([0.004, 0.008, 0.016, 0.032], [3.989, 4.036, 3.993, 4.254])
+    assert 0.005 < best < 0.01
+    for bad in (x, -np.log(x) ** 2):
+        with pytest.raises(ValueError, match="widen"):
+            F.parabola_minimum(x, bad)
 
 
 def test_compute_optimal_is_a_minimum():

@@ -59,9 +59,12 @@ def test_micro_batches_equal_one_batch(split):
         pieces = [whole.rows(a, b) for a, b in zip(edges, edges[1:])]
         counts = [piece.num_targets for piece in pieces]
         assert parts == 1 or len(set(counts)) > 1, "unequal parts, or the test shows nothing"
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
         results.append(
-            train(net, lambda _, pieces=pieces: pieces, next_token_loss, settings(max_steps=1, grad_clip=0.0),
-                  optimizer=torch.optim.SGD(net.parameters(), lr=1.0))
+            train(
+                net, lambda _, pieces=pieces: pieces, next_token_loss,
+                settings(max_steps=1, grad_clip=0.0), optimizer=optimizer,
+            )
         )  # fmt: skip
     one, many = results
     for a, b in zip(one.model.parameters(), many.model.parameters(), strict=True):
