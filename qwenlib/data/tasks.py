@@ -31,10 +31,10 @@ class Task:
     solution: str
     metadata_json: str  # what reasoning-gym's scorer needs
 
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation that SFT trains on."""
-        return [*self.prompt, {"role": "assistant", "content": self.solution}]
+    def messages(self, show_work: bool = True) -> list[dict[str, str]]:
+        """The conversation that SFT trains on: the worked solution, or its last line alone."""
+        content = self.solution if show_work else f"{ANSWER_PREFIX} {self.answer}"
+        return [*self.prompt, {"role": "assistant", "content": content}]
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -44,10 +44,10 @@ class Task:
             {"role": "user", "content": self.question},
         ]
 
-    def row(self) -> dict[str, Any]:
+    def row(self, show_work: bool = True) -> dict[str, Any]:
         """A data-set row with the columns the ecosystem uses."""
         return {
-            "messages": self.messages,
+            "messages": self.messages(show_work),
             "prompt": self.prompt,
             "answer": self.answer,
             "family": self.family,

@@ -101,8 +101,8 @@ def test_extract_answer():
 
 def test_conversation_and_row():
     task = tasks()[0]
-    assert [m["role"] for m in task.messages] == ["system", "user", "assistant"]
-    assert task.messages[:2] == task.prompt and task.messages[2]["content"] == task.solution
+    assert [m["role"] for m in task.messages()] == ["system", "user", "assistant"]
+    assert task.messages()[:2] == task.prompt and task.messages()[2]["content"] == task.solution
     assert task.answer not in task.prompt[0]["content"]
     assert set(task.row()) == {"messages", "prompt", "answer", "family", "metadata"}
 

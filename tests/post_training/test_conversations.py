@@ -17,7 +17,7 @@ LENGTH = 256
 
 @functools.cache
 def conversations():
-    tasks = [t.messages for t in generate_tasks(40, 0, families=("chain_sum", "leg_counting"))]
+    tasks = [t.messages() for t in generate_tasks(40, 0, families=("chain_sum", "leg_counting"))]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     return [*tasks, turns + [{"role": "user", "content": "Bye"}] + turns[1:]]
 
