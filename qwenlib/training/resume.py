@@ -1,8 +1,10 @@
 """Resume state: model, optimiser, step and random generators, written whole or not at all."""
 
+import contextlib
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,8 @@ def save_state(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = {"model": model.state_dict(), "optimizer": _flatten(optimizer.state_dict())}
-    dcp.save(state, checkpoint_id=partial / "tensors", no_dist=True)
+    with _quiet():
+        dcp.save(state, checkpoint_id=partial / "tensors", no_dist=True)
     meta = {
         "step": step,
         "groups": optimizer.state_dict()["param_groups"],
@@ -61,13 +64,22 @@ def load_state(
     meta = torch.load(found[-1] / "meta.pt", weights_only=False)
     _materialise(optimizer)
     state = {"model": model.state_dict(), "optimizer": _flatten(optimizer.state_dict())}
-    dcp.load(state, checkpoint_id=found[-1] / "tensors", no_dist=True)
+    with _quiet():
+        dcp.load(state, checkpoint_id=found[-1] / "tensors", no_dist=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(
         {"state": _unflatten(state["optimizer"]), "param_groups": meta["groups"]}
     )
     _set_random_state(meta["random"])
     return meta["step"], meta["extra"]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warning that a single process is assumed: it is, by design."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+        yield
 
 
 def _flatten(state: dict) -> dict[str, torch.Tensor]:
