@@ -8,14 +8,21 @@ sweep that was killed goes on with the next run.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
+import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from qwenlib.data.sampler import PretrainSampler
 from qwenlib.data.shards import TokenShards
@@ -112,10 +119,12 @@ def run_sweep(
     path: str | Path,
     device="cpu",
     log: Callable[[dict, int], None] | None = None,
+    workers: int = 1,
 ) -> list[dict]:
     """Train each run that `path` does not hold yet; returns the rows of `runs`, in their order.
 
-    A row holds FIELDS: N and N_body in parameters, D in tokens, C in FLOPs, losses in nats per
+    On a CPU every run gets one thread, and `workers` processes train side by side: models this
+    small gain nothing from a second thread, and a row must not depend on how many there are. A row holds FIELDS: N and N_body in parameters, D in tokens, C in FLOPs, losses in nats per
     token. Raises ValueError when a run was planned for other tokens than the shards given.
     """
     runs = list(runs)
@@ -124,14 +133,47 @@ def run_sweep(
         if run.data != here:
             raise ValueError(f"run {run.key} was planned for data {run.data}, these are {here}")
     rows = read_rows(path)
-    for index, run in enumerate(runs):
-        if run.key in rows:
-            continue
-        rows[run.key] = train_one(run, train_shards, heldout_shards, device)
+
+    def keep(run: SweepRun, row: dict) -> None:
+        rows[run.key] = row
         _write_rows(path, rows.values())
         if log:
-            log({k: v for k, v in rows[run.key].items() if k != "key"}, index)
-    return [rows[run.key] for run in runs]
+            log({k: v for k, v in row.items() if k != "key"}, runs.index(run))
+
+    missing = [run for run in runs if run.key not in rows]
+    on_cpu = torch.device(device).type == "cpu"
+    if not on_cpu or min(workers, len(missing)) <= 1:
+        for run in missing:
+            with _threads(1 if on_cpu else None):
+                keep(run, train_one(run, train_shards, heldout_shards, device))
+        return [rows[run.key] for run in runs]
+    folders = train_shards.directory, heldout_shards.directory
+    spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        longest_first = sorted(missing, key=lambda run: -run.C)
+        futures = {pool.submit(_train_alone, run, *folders): run for run in longest_first}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="sweep",
+                           file=sys.stdout, ascii=True, ncols=78):  # fmt: skip
+            keep(futures[future], future.result())
+    done = [rows.pop(run.key) for run in runs]
+    _write_rows(path, [*rows.values(), *done])  # in the order of the plan, not of finishing
+    return done
+
+
+def _train_alone(run: SweepRun, train_dir: Path, heldout_dir: Path) -> dict:
+    """`train_one` in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    return train_one(run, TokenShards(train_dir), TokenShards(heldout_dir))
+
+
+@contextlib.contextmanager
+def _threads(count: int | None):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_one(

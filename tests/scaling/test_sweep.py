@@ -81,3 +81,13 @@ def test_bad_input_is_named(plan, shards, tmp_path):
     (tmp_path / "old.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="old.csv"):
         sweep.read_rows(tmp_path / "old.csv")
+
+
+def test_two_workers_give_the_rows_of_one(plan, shards, tmp_path):
+    one = sweep.run_sweep(plan, *shards, tmp_path / "one.csv")
+    two = sweep.run_sweep(plan, *shards, tmp_path / "two.csv", workers=2)
+    for a, b in zip(one, two, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+    assert list(sweep.read_rows(tmp_path / "two.csv")) == [run.key for run in plan]
