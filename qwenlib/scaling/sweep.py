@@ -124,7 +124,8 @@ def run_sweep(
     """Train each run that `path` does not hold yet; returns the rows of `runs`, in their order.
 
     On a CPU every run gets one thread, and `workers` processes train side by side: models this
-    small gain nothing from a second thread, and a row must not depend on how many there are. A row holds FIELDS: N and N_body in parameters, D in tokens, C in FLOPs, losses in nats per
+    small gain nothing from a second thread, and a row must not depend on how many there are.
+    A row holds FIELDS: N and N_body in parameters, D in tokens, C in FLOPs, losses in nats per
     token. Raises ValueError when a run was planned for other tokens than the shards given.
     """
     runs = list(runs)
@@ -231,9 +232,7 @@ def read_rows(path: str | Path) -> dict[str, dict]:
 
 def _numbers(row: dict[str, str]) -> dict:
     whole = {"hidden_size", "num_hidden_layers", "steps", "seed", "N", "N_body", "D"}
-    return {
-        k: v if k == "key" else int(v) if k in whole else float(v) for k, v in row.items()
-    }
+    return {k: v if k == "key" else int(v) if k in whole else float(v) for k, v in row.items()}
 
 
 def _write_rows(path: str | Path, rows: Iterable[dict] | Sequence[dict]) -> None:

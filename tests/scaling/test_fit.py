@@ -67,9 +67,7 @@ def test_bad_runs_do_not_move_the_fit():
 def test_gradient_is_that_of_the_objective():
     N, D, loss = planted(noise=0.01)
     mean, weight = F._prior_vectors({"beta": F.Prior(0.3, 0.1), "E": F.Prior(1.5, 0.2)})
-    problem = F._Problem(
-        np.log(N) - 20, np.log(D) - 24, np.log(loss), 3e-3, 2e-3, mean, weight
-    )
+    problem = F._Problem(np.log(N) - 20, np.log(D) - 24, np.log(loss), 3e-3, 2e-3, mean, weight)
     rng = np.random.default_rng(1)
     for _ in range(5):
         theta = np.array([0.0, 0.0, 0.5, 0.3, 0.3]) + 0.05 * rng.standard_normal(5)
@@ -144,7 +142,7 @@ def test_parabola_minimum():
     # A flat floor with noise: the best point is the first, the optimum is not.
     best, _ = F.parabola_minimum([0.004, 0.008, 0.016, 0.032], [3.989, 4.036, 3.993, 4.254])
     assert 0.005 < best < 0.01
-    for bad in (x, -np.log(x) ** 2):
+    for bad in (x, -(np.log(x) ** 2)):
         with pytest.raises(ValueError, match="widen"):
             F.parabola_minimum(x, bad)
 

@@ -50,6 +50,7 @@ def test_a_killed_sweep_goes_on(plan, shards, tmp_path, monkeypatch):
     assert set(sweep.read_rows(path)) == {plan[0].key}
     trained = []
     original = sweep.train_one
+
     def counted(planned, *rest):
         trained.append(planned.steps)
         return original(planned, *rest)
