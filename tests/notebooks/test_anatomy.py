@@ -27,7 +27,8 @@ def test_opens_with_title_and_box(path):
     first, second = cells(path, "markdown")[:2]
     number = path.stem.split("_")[0]
     assert first.source.startswith(f"# {number} · "), "the title's number is the file's"
-    assert "\n> " in first.source, "a one-line claim under the title"
+    claim = first.source.split("\n\n")[1].lstrip()
+    assert claim.startswith(("> ", "**")), "a claim under the title, quoted or bold"
     box = second.source if "learn" in second.source else first.source
     for word in ("learn", "eed", "tiny", "small", "full"):
         assert word in box, f"the box lacks {word!r}"
