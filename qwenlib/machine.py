@@ -57,6 +57,20 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def fast_bfloat16(device: Any) -> bool:
+    """Whether bf16 products are faster than fp32 ones there, by the hardware's own instructions.
+
+    On a CPU that means AVX512-BF16 or AMX; without them bf16 is emulated and slower than fp32.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
 def _memory() -> int:
     """Bytes of memory, or of the container's limit when that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

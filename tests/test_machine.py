@@ -54,3 +54,13 @@ def test_the_exercise_accepts_the_answer_and_hints_at_slips(capsys):
     ]:
         with pytest.raises(AssertionError, match=hint):
             machine.check_exercise_1(wrong)
+
+
+def test_fast_bfloat16_reads_the_processors_flags(tmp_path, monkeypatch):
+    for flags, want in (("fpu avx2 avx512_bf16", True), ("fpu amx_bf16", True), ("avx2", False)):
+        info = tmp_path / "cpuinfo"
+        info.write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(machine, "Path", lambda _, info=info: info)
+        assert machine.fast_bfloat16(CPU) is want
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "absent")
+    assert machine.fast_bfloat16("cpu") is False

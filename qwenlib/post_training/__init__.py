@@ -1,4 +1,4 @@
-"""Report §4: the losses and the optimiser of SFT, DPO and GRPO, as pure functions of tensors."""
+"""Report §4: SFT's targets, the losses of DPO and GRPO, and Online Merging."""
 
 from qwenlib.post_training.dpo import dpo_loss
 from qwenlib.post_training.grpo import (
@@ -8,7 +8,7 @@ from qwenlib.post_training.grpo import (
     grpo_loss,
 )
 from qwenlib.post_training.online_merging import OnlineMergingAdamW, task_vectors
-from qwenlib.post_training.sft import labels_from_mask, sequence_logprobs, sft_loss
+from qwenlib.post_training.sft import labels_from_mask, sequence_logprobs
 
 __all__ = [
     "OnlineMergingAdamW",
@@ -19,6 +19,5 @@ __all__ = [
     "grpo_loss",
     "labels_from_mask",
     "sequence_logprobs",
-    "sft_loss",
     "task_vectors",
 ]

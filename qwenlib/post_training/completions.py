@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwenlib.data.packing import IGNORE
+from qwenlib.post_training.sft import scatter_logprobs, target_mask
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,6 @@ def completion_logprobs(
     Only the positions that predict a completion token go through the head: most of a row is
     prompt, and the head is the widest matrix. Equal to `sequence_logprobs(model(ids), labels)`.
     """
-    mask_NT = batch.labels_NT != IGNORE
-    mask_NT[:, 0] = False
+    mask_NT = target_mask(batch.labels_NT)
     hidden_MD = model.hidden(batch.input_ids_NT)[:, :-1][mask_NT[:, 1:]]
-    logits_MV = model.lm_head(hidden_MD).float() / temperature
-    chosen_M = logits_MV.gather(-1, batch.labels_NT[mask_NT].unsqueeze(-1)).squeeze(-1)
-    logp_M = chosen_M - logits_MV.logsumexp(-1)
-    return logp_M.new_zeros(mask_NT.shape).masked_scatter(mask_NT, logp_M), mask_NT
+    return scatter_logprobs(model.lm_head(hidden_MD), batch.labels_NT, mask_NT, temperature)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from qwenlib.data.tasks import Task
@@ -77,7 +76,7 @@ class Episodes:
         )  # fmt: skip
         rewards_N = torch.tensor(answers.scores)
         advantages_N = group_advantages(rewards_N, self.group_size, scale=self.advantage_scale)
-        flat = rearrange(rewards_N, "(q g) -> q g", g=self.group_size).std(-1) == 0
+        flat = group_variance(rewards_N, self.group_size) == 0
         stats = {
             "reward": float(rewards_N.mean()),
             "zero_variance": float(flat.float().mean()),

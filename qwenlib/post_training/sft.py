@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (report §4.1): which tokens are targets, and what they cost.
+"""Supervised fine-tuning (report §4.1): which tokens are targets, and how likely each is.
 
 Shapes: B rows, T tokens, V vocabulary. Labels follow the Hugging Face convention everywhere:
 `labels_BT[b, t]` is the token at position t or -100, and the shift by one happens inside the loss.
@@ -39,31 +39,24 @@ def sequence_logprobs(
             f"logits {tuple(logits_BTV.shape)} do not belong to labels {tuple(labels_BT.shape)}; "
             "labels are unshifted and as long as the input"
         )
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    mask_BT = target_mask(labels_BT)
+    return scatter_logprobs(logits_BTV[:, :-1][mask_BT[:, 1:]], labels_BT, mask_BT, temperature)
+
+
+def target_mask(labels_BT: Tensor) -> Tensor:
+    """True where a label counts; never in column 0, which has nothing before it."""
     mask_BT = labels_BT != IGNORE
     mask_BT[:, 0] = False
-    logits_MV = logits_BTV[:, :-1][mask_BT[:, 1:]].float() / temperature
+    return mask_BT
+
+
+def scatter_logprobs(
+    logits_MV: Tensor, labels_BT: Tensor, mask_BT: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`sequence_logprobs` of the M positions before a target, given their logits alone."""
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    logits_MV = logits_MV.float() / temperature
     chosen_M = logits_MV.gather(-1, labels_BT[mask_BT].unsqueeze(-1)).squeeze(-1)
     logp_M = chosen_M - logits_MV.logsumexp(-1)
-    token_logp_BT = logp_M.new_zeros(labels_BT.shape).masked_scatter(mask_BT, logp_M)
-    return token_logp_BT, mask_BT
-
-
-def sft_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Cross-entropy summed over the targets, their count, and statistics.
-
-    The loop divides the sum by the count over *all* micro-batches and ranks of an optimiser step.
-    A mean per micro-batch would weigh a token of a short batch more than one of a long batch. With
-    no target at all the sum is 0, still attached to the graph.
-
-    Two uniform logits: two targets cost 2 ln 2 = 1.3863, and dividing by the count gives ln 2.
-    """
-    token_logp_BT, mask_BT = sequence_logprobs(logits_BTV, labels_BT)
-    count = mask_BT.sum()
-    with torch.no_grad():
-        guess_BT = logits_BTV[:, :-1].argmax(-1)
-        correct = ((guess_BT == labels_BT[:, 1:]) & mask_BT[:, 1:]).sum()
-        share = mask_BT.float().mean()
-    stats = {"token_accuracy": correct / count.clamp(min=1), "target_share": share}
-    return -token_logp_BT.sum(), count, stats
+    return logp_M.new_zeros(labels_BT.shape).masked_scatter(mask_BT, logp_M), mask_BT

@@ -164,7 +164,8 @@ def run_sweep(
 def _train_alone(run: SweepRun, train_dir: Path, heldout_dir: Path) -> dict:
     """`train_one` in a process of its own, on one thread."""
     torch.set_num_threads(1)
-    return train_one(run, TokenShards(train_dir), TokenShards(heldout_dir))
+    shards = TokenShards(train_dir), TokenShards(heldout_dir)
+    return train_one(run, *shards, show_progress=False)  # bars of several workers would mix
 
 
 @contextlib.contextmanager
@@ -178,8 +179,9 @@ def _threads(count: int | None):
 
 
 def train_one(
-    run: SweepRun, train_shards: TokenShards, heldout_shards: TokenShards, device="cpu"
-) -> dict:
+    run: SweepRun, train_shards: TokenShards, heldout_shards: TokenShards, device="cpu",
+    show_progress: bool = True,
+) -> dict:  # fmt: skip
     """Train one run from scratch and score it on the first held-out batches; one row of FIELDS."""
     started = time.perf_counter()
     model = Qwen(run.config).initialise(run.seed).to(device)
@@ -196,6 +198,7 @@ def train_one(
         next_token_loss,
         config,
         description=f"{run.hidden_size}x{run.num_hidden_layers} {run.steps} steps",
+        show_progress=show_progress,
     )
     # Seed 0 always: every run of a sweep is scored on the same rows.
     heldout = PretrainSampler(heldout_shards, run.seq_len, run.batch_size, 0)

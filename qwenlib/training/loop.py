@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qwenlib.machine import fast_bfloat16
 from qwenlib.training.optim import adamw
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import SCHEDULES, learning_rate_at
@@ -38,7 +39,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     eval_every: int = 0  # 0: only at the end
     save_every: int = 0  # 0: no resume state
-    autocast: str = "none"  # none | bfloat16: compute dtype over fp32 weights
+    autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -49,8 +50,17 @@ class TrainConfig:
             near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown schedule {self.schedule!r}{hint}")
-        if self.autocast not in ("none", "bfloat16"):
-            raise ValueError(f"autocast must be 'none' or 'bfloat16', got {self.autocast!r}")
+        if self.autocast not in ("none", "bfloat16", "auto"):
+            raise ValueError(
+                f"autocast must be 'none', 'bfloat16' or 'auto', got {self.autocast!r}"
+            )
+
+    def resolved(self, device: torch.device) -> "TrainConfig":
+        """These settings with autocast "auto" decided for the device."""
+        if self.autocast != "auto":
+            return self
+        choice = "bfloat16" if fast_bfloat16(device) else "none"
+        return dataclasses.replace(self, autocast=choice)
 
 
 @dataclass
@@ -80,6 +90,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     description: str = "train",
+    show_progress: bool = True,
 ) -> TrainResult:
     """Run `config.max_steps` optimiser steps, from the resume state in `out_dir` if there is one.
 
@@ -96,6 +107,8 @@ def train(
     optimizer = optimizer or adamw(
         model, config.learning_rate, config.betas, config.eps, config.weight_decay
     )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    config = config.resolved(parameters[0].device)
     result = TrainResult(model, config.max_steps)
     state_dir = Path(out_dir) / "state" if out_dir and config.save_every else None
     first = 0
@@ -107,10 +120,10 @@ def train(
     started = time.perf_counter() - result.seconds
     if evaluate and not result.evaluations:
         result.evaluations.append({"step": 0, **evaluate(model)})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(
         range(first, config.max_steps), initial=first, total=config.max_steps, desc=description,
         mininterval=2.0, file=sys.stdout, ascii=True, ncols=78,
+        disable=not show_progress,
     )  # fmt: skip
     for step in bar:
         model.train()

@@ -2,7 +2,7 @@
 
 A loss function maps (model, batch) to (loss_sum, count, stats): a sum and its denominator, so that
 the loop can divide by one global count whatever the split into micro-batches.
-Shapes: B batch, T time, V vocabulary.
+Shapes: B batch, T time, D hidden, V vocabulary, M positions with a target.
 """
 
 import math
@@ -15,22 +15,21 @@ from torch import Tensor
 IGNORED = -100
 
 
-def shifted_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in fp32 of predicting labels[:, 1:], and the number of real labels."""
-    targets = labels_BT[:, 1:].reshape(-1)
-    logits = logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]).float()
-    loss_sum = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    return loss_sum, (targets != IGNORED).sum()
-
-
 def next_token_loss(model, batch) -> tuple[Tensor, Tensor, dict]:
     """Loss of a `PackedBatch`: a token sees only its document and no document's first token counts.
 
-    Serves pretraining and SFT alike; SFT's labels are -100 outside the assistant's turns.
+    Serves pretraining and SFT alike; SFT's labels are -100 outside the assistant's turns. Labels
+    are unshifted: the output at t is scored on labels[t + 1], and only positions with a target go
+    through the head. Statistics: token_accuracy, the share of targets that were the likeliest.
     """
-    logits_BTV = model(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT)
-    loss_sum, count = shifted_loss(logits_BTV, batch.labels_BT)
-    return loss_sum, count, {}
+    x_BTD = model.hidden(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT)
+    has_target_BT = batch.labels_BT[:, 1:] != IGNORED
+    targets_M = batch.labels_BT[:, 1:][has_target_BT]
+    logits_MV = model.lm_head(x_BTD[:, :-1][has_target_BT]).float()
+    loss_sum = F.cross_entropy(logits_MV, targets_M, reduction="sum")
+    count = has_target_BT.sum()
+    correct = (logits_MV.detach().argmax(-1) == targets_M).sum()
+    return loss_sum, count, {"token_accuracy": correct / count.clamp(min=1)}
 
 
 @torch.no_grad()

@@ -19,15 +19,9 @@ SFT = mutations(
     "test_sft",
     [
         (
-            "mean for sum",
-            "return -token_logp_BT.sum(), count",
-            "return -token_logp_BT.mean(), count",
-            "test_loss_is_the_sum_over_targets_of_cross_entropy",
-        ),
-        (
             "no shift",
-            "logits_BTV[:, :-1][mask_BT[:, 1:]].float()",
-            "logits_BTV[:, 1:][mask_BT[:, 1:]].float()",
+            "logits_BTV[:, :-1][mask_BT[:, 1:]]",
+            "logits_BTV[:, 1:][mask_BT[:, 1:]]",
             "test_logprobs_equal_a_naive_loop",
         ),
         (
@@ -44,8 +38,8 @@ SFT = mutations(
         ),
         (
             "bf16 softmax",
-            "[mask_BT[:, 1:]].float()",
-            "[mask_BT[:, 1:]]",
+            "logits_MV.float() / temperature",
+            "logits_MV / temperature",
             "test_bf16_logits_are_scored_in_fp32",
         ),
     ],
@@ -99,8 +93,9 @@ DPO = mutations(
     Mutation(
         "dpo: padding counted",
         "qwenlib.post_training.sft",
-        "mask_BT = labels_BT != IGNORE\n",
-        "mask_BT = labels_BT > -1000\n    labels_BT = labels_BT.clamp(min=0)\n",
+        "mask_BT = target_mask(labels_BT)\n",
+        "mask_BT = labels_BT.clone().fill_(1).bool()\n    mask_BT[:, 0] = False\n"
+        "    labels_BT = labels_BT.clamp(min=0)\n",
         "tests/post_training/test_dpo.py::"
         "test_log_probs_are_summed_over_targets_and_padding_does_not_count",
     ),

@@ -57,9 +57,9 @@ CASES = [
              "tests/data/test_packing.py::"
              "test_rows_hold_every_document_with_labels_positions_and_ids"),
     Mutation("documents see each other", LOSSES,
-             "model(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT)",
-             "model(batch.input_ids_BT, batch.position_ids_BT)", ALONE),
-    Mutation("no shift", LOSSES, "targets = labels_BT[:, 1:]", "targets = labels_BT[:, :-1]",
+             "model.hidden(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT)",
+             "model.hidden(batch.input_ids_BT, batch.position_ids_BT)", ALONE),
+    Mutation("no shift", LOSSES, "x_BTD[:, :-1][has_target_BT]", "x_BTD[:, 1:][has_target_BT]",
              ALONE),
     Mutation("mean for sum", LOSSES, 'reduction="sum")', 'reduction="mean")', ALONE),
     Mutation("held-out mean of means", LOSSES, "total + float(loss_sum), count + int(n)",

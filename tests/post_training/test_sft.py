@@ -1,12 +1,15 @@
 """Label masks and the token-summed loss against naive loops."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from qwenlib.post_training.sft import IGNORE, labels_from_mask, sequence_logprobs, sft_loss
+from qwenlib.data.packing import PackedBatch
+from qwenlib.post_training.sft import IGNORE, labels_from_mask, sequence_logprobs
+from qwenlib.training import next_token_loss
 
 
 def batch(seed=0, B=3, T=7, V=11):
@@ -15,6 +18,13 @@ def batch(seed=0, B=3, T=7, V=11):
     ids = torch.randint(0, V, (B, T), generator=generator)
     mask = torch.rand(B, T, generator=generator) < 0.6
     return logits, ids, mask
+
+
+def sft_loss(logits, labels):
+    """The loop's loss of a model whose last layer puts out these logits."""
+    model = SimpleNamespace(hidden=lambda *inputs: logits, lm_head=lambda x: x)
+    row = torch.zeros_like(labels)
+    return next_token_loss(model, PackedBatch(row, labels, row, row))
 
 
 def test_labels_mark_targets_by_position_and_never_the_first_token():

@@ -182,6 +182,29 @@ def test_bad_settings_are_named(changes, message):
         settings(**changes)
 
 
+
+def test_auto_compute_dtype_follows_the_hardware(monkeypatch):
+    import qwenlib.training.loop as loop
+
+    cpu = torch.device("cpu")
+    for fast, want in ((True, "bfloat16"), (False, "none")):
+        monkeypatch.setattr(loop, "fast_bfloat16", lambda device, fast=fast: fast)
+        assert settings(autocast="auto").resolved(cpu).autocast == want
+        one, two = run(max_steps=3, autocast="auto"), run(max_steps=3, autocast=want)
+        assert [row["loss"] for row in one.history] == [row["loss"] for row in two.history]
+    assert settings(autocast="none").resolved(cpu).autocast == "none"
+    with pytest.raises(ValueError, match="auto"):
+        settings(autocast="fp8")
+
+
+def test_bf16_compute_trains_like_fp32_with_fp32_weights():
+    plain, mixed = run(max_steps=20), run(max_steps=20, autocast="bfloat16")
+    a, b = ([row["loss"] for row in result.history] for result in (plain, mixed))
+    assert a != b, "autocast did nothing"
+    assert b == pytest.approx(a, rel=0.03)
+    assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
+
+
 if __name__ == "__main__":
     losses = [row["loss"] for row in run(max_steps=20).history]
     GOLDEN.write_text("".join(f"{loss:.6f}\n" for loss in losses))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from qwenlib.data.packing import IGNORE, PackedBatch, pack_rows
 from qwenlib.model import Qwen, QwenConfig
 from qwenlib.training import held_out_loss, next_token_loss
-from qwenlib.training.losses import bits_per_byte, shifted_loss
+from qwenlib.training.losses import bits_per_byte
 
 V = 67
 
@@ -66,12 +67,36 @@ def test_first_loss_is_ln_v():
     assert loss.item() / int(count) == pytest.approx(math.log(V), abs=0.02)
 
 
-def test_shifted_loss_by_hand():
+def test_loss_and_accuracy_by_hand():
     logits = torch.zeros(1, 3, 2)
     logits[0, 0, 1] = math.log(3)  # predicts the second token with probability 3/4
-    loss, count = shifted_loss(logits, torch.tensor([[IGNORE, 1, 0]]))
+    row = torch.zeros(1, 3, dtype=torch.long)
+    labels = torch.tensor([[IGNORE, 1, 1]])
+    net = SimpleNamespace(hidden=lambda *inputs: logits, lm_head=lambda x: x)
+    loss, count, stats = next_token_loss(net, PackedBatch(row, labels, row, row))
     assert int(count) == 2
     assert loss.item() == pytest.approx(-math.log(3 / 4) + math.log(2), abs=1e-6)
+    assert float(stats["token_accuracy"]) == 0.5  # the tie of the last position goes to token 0
+
+
+def test_loss_and_gradients_equal_transformers():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    net = model()
+    theirs = Qwen2ForCausalLM(Qwen2Config.from_dict(net.config.to_hf())).eval()
+    theirs.load_state_dict(net.state_dict(), strict=False)
+    ids = torch.randint(0, V, (3, 20), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.arange(20) % 3 == 0, IGNORE, ids)
+    want = theirs(input_ids=ids, labels=labels).loss
+    want.backward()
+    one_document = torch.zeros_like(ids)
+    batch = PackedBatch(ids, labels, torch.arange(20).expand(3, -1), one_document)
+    loss, count, _ = next_token_loss(net, batch)
+    (loss / count).backward()
+    torch.testing.assert_close(loss / count, want, rtol=1e-5, atol=1e-6)
+    other = dict(theirs.named_parameters())
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad, other[name].grad, rtol=1e-4, atol=1e-6)
 
 
 def test_held_out_loss_is_a_mean_over_tokens_not_batches():
