@@ -182,7 +182,6 @@ def test_bad_settings_are_named(changes, message):
         settings(**changes)
 
 
-
 def test_auto_compute_dtype_follows_the_hardware(monkeypatch):
     import qwenlib.training.loop as loop
 
