@@ -62,6 +62,8 @@ def documents(source: str, limit_mb: float | None = None, seed: int = 0) -> Iter
         raise ValueError(f"unknown source {source!r}; choose one of {', '.join(SOURCES)}")
     if limit_mb is not None and limit_mb <= 0:
         raise ValueError(f"limit_mb is {limit_mb}; give a positive number of megabytes or None")
+    if limit_mb is None and source in ("maths", "retrieval"):
+        raise ValueError(f"source {source!r} is generated without end; give limit_mb")
     if source == "maths":
         from qwenlib.data import tasks
 

@@ -86,8 +86,21 @@ def _solve_leg_counting(metadata: dict) -> list[str]:
     return lines
 
 
+# Relation -> (the same without the sex, sex of the first person).
+_RELATIONS = {
+    "mother": ("parent", "woman"), "father": ("parent", "man"),
+    "daughter": ("child", "woman"), "son": ("child", "man"),
+    "wife": ("spouse", "woman"), "husband": ("spouse", "man"),
+    "sister": ("sibling", "woman"), "brother": ("sibling", "man"),
+    "grandmother": ("grandparent", "woman"), "grandfather": ("grandparent", "man"),
+}  # fmt: skip
+
+
 def _solve_family(metadata: dict) -> list[str]:
-    return [f"{metadata['person1']} is the {metadata['relationship']} of {metadata['person2']}."]
+    """First what the story says, then what the name says."""
+    first, second = metadata["person1"], metadata["person2"]
+    relation, sex = _RELATIONS[metadata["relationship"]]
+    return [f"{first} is the {relation} of {second}.", f"{first} is a {sex}."]
 
 
 @functools.cache
@@ -125,7 +138,7 @@ FAMILIES: dict[str, Family] = {
         {"min_family_size": 3, "max_family_size": 4},
         _solve_family,
         # The generator names in-laws inversely (a son's wife is its "mother-in-law").
-        lambda metadata, answer: not answer.endswith("-in-law"),
+        lambda metadata, answer: answer in _RELATIONS,
     ),
 }
 
@@ -192,6 +205,11 @@ def extract_answer(completion: str) -> str | None:
     if not lines or not lines[-1].startswith(ANSWER_PREFIX):
         return None
     return lines[-1].removeprefix(ANSWER_PREFIX).strip() or None
+
+
+def shows_work(completion: str) -> bool:
+    """Whether something stands before the last line."""
+    return "\n" in completion.strip()
 
 
 @functools.cache

@@ -31,7 +31,7 @@ def generate(
     """Continue each prompt `samples` times; temperature 0 is greedy.
 
     Prompts are padded on the left and prefilled once for all their samples. Rows that have stopped
-    leave the batch. The draw depends on (seed, batch composition) only.
+    leave the batch, some at a time. The draw depends on (seed, batch composition) only.
     Raises ValueError for an empty prompt or a max_new_tokens below 1.
     """
     if not prompts:
@@ -81,21 +81,25 @@ def _generate_batch(
     rows_N = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     cache.reorder(rows_N)
     logits_NV, real_NS = logits_NV[rows_N], real_BT[rows_N]
-    active = list(range(len(rows_N)))
+    active = list(range(len(rows_N)))  # the row in each place of the batch
     out: list[list[int]] = [[] for _ in active]
     done = [False] * len(active)
     for step in range(max_new_tokens):
         next_N = sample_tokens(logits_NV, temperature, top_p, top_k, generator)
         keep = []
         for place, token in enumerate(next_N.tolist()):
-            out[active[place]].append(token)
+            row = active[place]
+            if done[row]:
+                continue
+            out[row].append(token)
             if token in eos_ids:
-                done[active[place]] = True
+                done[row] = True
             else:
                 keep.append(place)
         if not keep or step + 1 == max_new_tokens:
             break
-        if len(keep) < len(active):
+        # Leaving copies the cache, so rows wait until an eighth of the batch can go.
+        if len(keep) <= 0.875 * len(active):
             active = [active[place] for place in keep]
             index = torch.tensor(keep, device=device)
             next_N, real_NS = next_N[index], real_NS[index]

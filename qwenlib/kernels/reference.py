@@ -47,8 +47,12 @@ def attention(
         # bf16 attention on a CPU has a backward pass four times slower than the fp32 one.
         with torch.autocast("cpu", enabled=False):
             return attention(q_BTHK.float(), k_BSGK.float(), v_BSGK.float(), mask_B1TS)
+    groups = q_BTHK.shape[2] // k_BSGK.shape[2]
+    if q_BTHK.shape[1] == 1 and groups > 1 and mask_B1TS is not None:
+        # One query a row: the heads of a group stand in as its queries, and no key is copied.
+        grouped = q_BTHK.unflatten(2, (-1, groups))[:, 0].transpose(1, 2)
+        return attention(grouped, k_BSGK, v_BSGK, mask_B1TS).transpose(1, 2).flatten(1, 2)[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if mask_B1TS is None:

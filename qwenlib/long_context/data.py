@@ -44,9 +44,12 @@ class LongContextSampler:
         return PackedBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
 
     def _retrieval_row(self, rng: random.Random) -> PackedBatch:
-        """One row: a document of any length up to the row, then shorter ones while they fit."""
+        """One row: a document of any length up to the row, then shorter ones while they fit.
+
+        Lengths are uniform in their logarithm: short documents hold more keys a row to learn from.
+        """
         documents, room = [], self.seq_len
-        filler = rng.randint(0, self._most_filler)
+        filler = round((self._most_filler + 1) ** rng.random()) - 1
         while True:
             text, key = passkey_text(filler, rng.random(), rng)
             ids = [*self.tokenizer.encode(f"{text} {key}."), self.tokenizer.end_of_text_id]

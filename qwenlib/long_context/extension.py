@@ -38,9 +38,16 @@ def with_yarn(
     """Open a model for `factor` times its trained length with YaRN; no training needed.
 
     The scaling is static: it acts on short texts too, where it can hurt, so a model folder is
-    handed on without it and the reader switches it on.
+    handed on without it and the reader switches it on. Raises ValueError when the folder carries
+    YaRN already: its length is then no longer the trained one.
     """
-    length = load_pretrained(directory, "cpu", dtype).config.max_position_embeddings
+    config = load_pretrained(directory, "cpu", dtype).config
+    if config.yarn is not None:
+        raise ValueError(
+            f"{directory} carries YaRN by {config.yarn.factor:g} already; open it with "
+            "load_pretrained, or take rope_scaling out of its config.json first"
+        )
+    length = config.max_position_embeddings
     return load_pretrained(
         directory, device, dtype, yarn=YarnConfig(float(factor), length),
         max_position_embeddings=round(length * factor),

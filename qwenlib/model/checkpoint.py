@@ -15,6 +15,8 @@ from qwenlib.model.transformer import Qwen
 if TYPE_CHECKING:
     from qwenlib.tokenizer import Tokenizer
 
+INDEX = "model.safetensors.index.json"
+
 
 def save_pretrained(
     model: Qwen, directory: str | Path, tokenizer: "Tokenizer | None" = None,
@@ -44,6 +46,8 @@ def save_pretrained(
     }
     partial = directory / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    # An index left by a sharded save would send readers to the old shards.
+    (directory / INDEX).unlink(missing_ok=True)
     os.replace(partial, directory / "model.safetensors")
     return directory
 
@@ -95,7 +99,7 @@ def load_pretrained(
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [directory / name for name in sorted(names)]

@@ -37,23 +37,24 @@ class PairBatch:
 
 def build_pairs(
     answers: Answers, per_task: int = 1, min_pass_rate: float = 0.0,
-    max_length_ratio: float = 1.65,
+    max_length_ratio: float = 1.65, usable: Callable[[str], bool] = bool,
 ) -> list[Pair]:  # fmt: skip
     """Pair right answers with wrong ones of the same task; a task needs both to give any.
 
-    Tasks of which less than `min_pass_rate` of the answers are right give no pair: a verifier that
-    looks at the last line lets lucky guesses pass, and they are most of what a hard task's "right"
-    answers are. Answers that were cut at the length limit are left out, and so are pairs whose
-    lengths differ by more than the ratio (a length is an easier lesson than the content). Identical
-    answers count once. The pairs of a task use different answers as long as there are some.
+    Answers whose text is not `usable` do not exist here. Tasks of which less than `min_pass_rate`
+    of the others are right give no pair: a verifier that looks at the last line lets lucky guesses
+    pass, and they are most of what a hard task's "right" answers are. Answers that were cut at the
+    length limit are left out, and so are pairs whose lengths differ by more than the ratio (a
+    length is an easier lesson than the content). Identical answers count once. The pairs of a task
+    use different answers as long as there are some.
     """
     pairs = []
     for i, task in enumerate(answers.tasks):
-        scores = [answers.scores[j] for j in answers.of_task(i)]
-        if sum(scores) < min_pass_rate * len(scores):
+        used = [j for j in answers.of_task(i) if usable(answers.texts[j])]
+        if sum(answers.scores[j] for j in used) < min_pass_rate * len(used):
             continue
         right, wrong = {}, {}
-        for j in answers.of_task(i):
+        for j in used:
             if answers.finished[j]:
                 side = right if answers.scores[j] == 1.0 else wrong
                 side.setdefault(tuple(answers.completions[j]))

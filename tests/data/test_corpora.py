@@ -143,6 +143,9 @@ def test_group_is_the_file():
 def test_unknown_source_and_bad_limit_are_named():
     with pytest.raises(ValueError, match="unknown source 'web'.*code, prose"):
         documents("web")
+    for source in ("maths", "retrieval"):
+        with pytest.raises(ValueError, match=f"{source}.*give limit_mb"):
+            documents(source)
     with pytest.raises(ValueError, match="limit_mb is 0"):
         documents("code", 0)
 

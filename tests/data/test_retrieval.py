@@ -35,7 +35,11 @@ def test_corpus_is_seeded_bounded_and_answers_itself():
     assert 50_000 <= size < 52_000
     assert len({d.id for d in documents}) == len(documents)
     assert len({d.text for d in itertools.islice(documents, 50)}) > 45
+    mentions = set()
     for document in documents:
         keys = re.findall(r"\d+", document.text)
-        assert len(keys) == 3 and len(set(keys)) == 1
+        assert len(set(keys)) == 1
+        mentions.add(document.text.count(needle_line(keys[0])))
+        assert len(keys) == 2 * document.text.count(needle_line(keys[0])) + 1
         assert document.text.endswith(f"{QUESTION} {keys[0]}.")
+    assert mentions == {1, 2, 3}

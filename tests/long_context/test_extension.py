@@ -49,5 +49,7 @@ def test_yarn_equals_transformers(folder):
     torch.testing.assert_close(model(IDS), theirs.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
     again = with_yarn(folder, 4)
     save_pretrained(again, folder / "saved")
+    with pytest.raises(ValueError, match="carries YaRN by 4 already"):
+        with_yarn(folder / "saved", 4)
     opened = AutoModelForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32)
     torch.testing.assert_close(model(IDS), opened.eval()(IDS).logits, atol=1e-5, rtol=1e-5)

@@ -61,6 +61,11 @@ def test_what_transformers_saves_in_shards(tied, tmp_path):
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(FileNotFoundError, match="model-00002"):
         load_pretrained(tmp_path)
+    other = make(tied)
+    other.model.norm.weight.data += 1.0
+    save_pretrained(other, tmp_path)  # over the shards: the new weights must be the ones read
+    for a, b in zip(load_pretrained(tmp_path).parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_dtype_on_the_way_out_and_in(tmp_path):

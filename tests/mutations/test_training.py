@@ -72,6 +72,10 @@ CASES = [
     Mutation("the same draw each step", ROLLOUTS, "seed=self.seed * 1_000_003 + step",
              "seed=self.seed * 1_000_003", "tests/post_training/test_rollouts.py::"
              "test_batch_is_a_function_of_weights_and_step"),
+    Mutation("pass rate over unusable answers too", PREFERENCES,
+             "if sum(answers.scores[j] for j in used) < min_pass_rate * len(used)",
+             "if sum(answers.scores[j] for j in used) < min_pass_rate * answers.samples",
+             PAIRS + "test_unusable_answers_do_not_exist"),
     Mutation("chosen and rejected exchanged", PREFERENCES,
              "[pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
              "[pair.rejected for pair in pairs] + [pair.chosen for pair in pairs]",

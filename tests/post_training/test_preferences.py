@@ -24,9 +24,10 @@ TASKS = generate_tasks(3, 0)
 
 def answers(completions, scores, finished=None, samples=6) -> Answers:
     count = len(completions) // samples
+    texts = [" ".join(map(str, ids)) for ids in completions]
     return Answers(
-        TASKS[:count], samples, [[1, 2, 3 + i] for i in range(count)], completions,
-        [""] * len(completions), scores, finished or [True] * len(completions),
+        TASKS[:count], samples, [[1, 2, 3 + i] for i in range(count)], completions, texts, scores,
+        finished or [True] * len(completions),
     )  # fmt: skip
 
 
@@ -55,6 +56,16 @@ def test_what_gives_no_pair():
     assert build_pairs(long) == [] and build_pairs(long, max_length_ratio=2.5)
     short = answers([[5] * 4] * 3 + [[6] * 10] * 3, [1, 1, 1, 0, 0, 0])
     assert build_pairs(short) == []
+
+
+def test_unusable_answers_do_not_exist():
+    six = answers([R[0], W[0], W[1], R[1], W[2], R[2]], [1, 0, 0, 1, 0, 1])
+    without = lambda *texts: lambda text: text not in texts  # noqa: E731
+    assert build_pairs(six, min_pass_rate=0.6) == []
+    # Two of the wrong answers leave: three of four are right.
+    got = build_pairs(six, min_pass_rate=0.6, usable=without("10 9", "11 9"))
+    assert [pair.rejected for pair in got] == [W[2]]
+    assert build_pairs(six, usable=lambda text: False) == []
 
 
 def test_each_task_keeps_to_its_own_answers():
