@@ -38,10 +38,13 @@ def save_state(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = {"model": model.state_dict(), "optimizer": _flatten(optimizer.state_dict())}
+    if not optimizer.state:  # no step had a label yet
+        del state["optimizer"]
     with _quiet():
         dcp.save(state, checkpoint_id=partial / "tensors", no_dist=True)
     meta = {
         "step": step,
+        "stepped": bool(optimizer.state),
         "groups": optimizer.state_dict()["param_groups"],
         "random": _random_state(),
         "extra": extra,
@@ -62,13 +65,15 @@ def load_state(
         return None
     # Our own file of primitives and generator states; weights_only would refuse Python's tuples.
     meta = torch.load(found[-1] / "meta.pt", weights_only=False)
-    _materialise(optimizer)
-    state = {"model": model.state_dict(), "optimizer": _flatten(optimizer.state_dict())}
+    state = {"model": model.state_dict()}
+    if meta["stepped"]:
+        _materialise(optimizer)
+        state["optimizer"] = _flatten(optimizer.state_dict())
     with _quiet():
         dcp.load(state, checkpoint_id=found[-1] / "tensors", no_dist=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(
-        {"state": _unflatten(state["optimizer"]), "param_groups": meta["groups"]}
+        {"state": _unflatten(state.get("optimizer", {})), "param_groups": meta["groups"]}
     )
     _set_random_state(meta["random"])
     return meta["step"], meta["extra"]

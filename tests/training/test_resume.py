@@ -78,6 +78,25 @@ def rows(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
+def test_resume_before_any_step_had_a_label(tmp_path):
+    def source(step, cut_at=None):
+        if step == cut_at:
+            raise Cut
+        (batch,) = batches(step)
+        if step < 4:
+            batch.labels_BT.fill_(-100)
+        return [batch]
+
+    settings = config(eval_every=0)
+    straight = train(model(0), source, next_token_loss, settings)
+    with pytest.raises(Cut):
+        train(model(0), lambda s: source(s, 4), next_token_loss, settings, out_dir=tmp_path)
+    resumed = train(model(0), source, next_token_loss, settings, out_dir=tmp_path)
+    assert rows(resumed.history) == rows(straight.history)
+    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("optimizer", [None, merging])
 @pytest.mark.parametrize("cut_at", [5, 7])
 def test_resumed_run_equals_the_straight_run(optimizer, cut_at):
