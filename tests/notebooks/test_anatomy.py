@@ -42,7 +42,20 @@ def test_one_parameters_cell_of_typed_literals(path):
     names = [line.split(":")[0] for line in lines]
     assert tuple(names[: len(stages.STANDARD)]) == tuple(stages.STANDARD)
     for line in lines:
-        assert re.fullmatch(r"\w+: [\w\[\]. |]+ = .+  # .+", line), f"no type or help: {line}"
+        assert re.fullmatch(r"\w+: [\w\[\]\"]+ = .+  # .+", line), f"no type or help: {line}"
+
+
+@by_stem
+def test_papermill_lists_the_same_parameters(path):
+    from papermill import inspect_notebook
+
+    listed, ours = inspect_notebook(str(path)), stages.notebook_parameters(path)
+    assert list(listed) == list(ours)
+    for name, parameter in ours.items():
+        assert listed[name]["help"] == parameter.help
+        kind = str(parameter.type)
+        kind = f"Optional[{kind.removesuffix(' | None')}]" if "None" in kind else kind
+        assert listed[name]["inferred_type_name"] == kind
 
 
 @by_stem
