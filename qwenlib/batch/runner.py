@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import logging
 import os
 import re
 import signal
@@ -257,8 +256,6 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
     papermill_engines.register("qwenlib", Engine)
-    # papermill does not see a parameter typed `int | None` and warns; we have checked the names.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(
             params.notebook_path(step.name),

@@ -137,7 +137,8 @@ FAMILIES: dict[str, Family] = {
         "family_relationships",
         {"min_family_size": 3, "max_family_size": 4},
         _solve_family,
-        # The generator names in-laws inversely (a son's wife is its "mother-in-law").
+        # The generator names in-laws inversely (a son's wife is its "mother-in-law"); families
+        # this small have no aunts, uncles, nieces or nephews.
         lambda metadata, answer: answer in _RELATIONS,
     ),
 }
@@ -148,6 +149,8 @@ def _generator(family: str, seed: int):
     import reasoning_gym
 
     spec = FAMILIES[family]
+    # Entry i is drawn from seed + i: neighbouring seeds would give one stream, shifted by one.
+    seed = int.from_bytes(hashlib.sha256(f"{family}/{seed}".encode()).digest()[:6], "big")
     return reasoning_gym.create_dataset(spec.generator, size=1 << 30, seed=seed, **spec.settings)
 
 
@@ -228,9 +231,17 @@ def score(task: Task, completion: str) -> float:
     return float(_scorer(FAMILIES[task.family].generator)(answer, entry) == 1.0)
 
 
-def heldout_questions(seed: int = 0, count: int = 500) -> list[str]:
-    """Questions that the pretraining text is decontaminated against."""
-    return [task.question for task in generate_tasks(count, seed, "heldout")]
+def heldout_questions(seed: int = 0, count: int = 600) -> list[str]:
+    """Questions that the pretraining text is decontaminated against: those the chapters score.
+
+    Chapters 06, 08, 10 and 11 ask the questions of seed + 7, chapter 12 those of seed + 1007.
+    """
+    half = count // 2
+    scored = [
+        *generate_tasks(half, seed + 7, "heldout"),
+        *generate_tasks(half, seed + 1007, "heldout"),
+    ]
+    return [task.question for task in scored]
 
 
 _TEMPLATES = (

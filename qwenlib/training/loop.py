@@ -57,10 +57,14 @@ class TrainConfig:
 
     def resolved(self, device: torch.device) -> "TrainConfig":
         """These settings with autocast "auto" decided for the device."""
-        if self.autocast != "auto":
-            return self
-        choice = "bfloat16" if fast_bfloat16(device) else "none"
-        return dataclasses.replace(self, autocast=choice)
+        return dataclasses.replace(self, autocast=compute_dtype(self.autocast, device))
+
+
+def compute_dtype(autocast: str, device: torch.device) -> str:
+    """The setting `autocast` with "auto" decided: "bfloat16" where its products are fast."""
+    if autocast != "auto":
+        return autocast
+    return "bfloat16" if fast_bfloat16(device) else "none"
 
 
 @dataclass

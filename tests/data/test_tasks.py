@@ -31,7 +31,18 @@ def test_splits_are_disjoint_by_text():
     assert not other_seed & set(heldout)
     assert len(set(heldout)) == len(heldout), "held-out questions are distinct"
     assert all(map(is_held_out, heldout)) and not any(map(is_held_out, train & other_seed))
-    assert heldout_questions(0, 20) == heldout[:20]
+    scored = [generate_tasks(10, seed, "heldout") for seed in (7, 1007)]
+    assert heldout_questions(0, 20) == [task.question for part in scored for task in part]
+
+
+def test_seeds_give_other_questions():
+    """reasoning-gym draws entry i from seed + i, so neighbouring seeds were one shifted stream."""
+    for split in ("train", "heldout"):
+        one, two = (
+            {task.question for task in generate_tasks(200, seed, split, ("chain_sum",))}
+            for seed in (0, 1)
+        )
+        assert len(one & two) < 0.2 * len(one), split
 
 
 def test_families_in_turn_and_seeds():
@@ -64,6 +75,13 @@ def test_worked_steps_are_true():
                 lines += 1
         if task.family in ("chain_sum", "leg_counting"):
             assert steps[-1].split()[-1] == task.answer
+        else:
+            first, second = re.search(r"(?:is|relation is|related) (\w+) (?:to|related to) (\w+)",
+                                      task.question.splitlines()[-1]).groups()  # fmt: skip
+            role = {"mother": "parent", "father": "parent", "wife": "spouse", "husband": "spouse",
+                    "son": "child", "daughter": "child"}[task.answer]  # fmt: skip
+            sex = "woman" if task.answer in ("mother", "wife", "daughter") else "man"
+            assert steps == [f"{first} is the {role} of {second}.", f"{first} is a {sex}."]
     assert lines > 100
 
 

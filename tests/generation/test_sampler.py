@@ -56,6 +56,19 @@ def test_finished_rows_leave_and_the_others_go_on():
     assert got.finished == [w[-1] in stops for w in want]
 
 
+def test_finished_rows_that_wait_in_the_batch_stay_finished():
+    """Rows leave an eighth of the batch at a time; until then their tokens are thrown away."""
+    net = model()
+    prompts = [[1 + i, 3 + i // 2] for i in range(20)]
+    free = [greedy_by_full_passes(net, prompt, 12) for prompt in prompts]
+    for stop in range(V):
+        want = [greedy_by_full_passes(net, prompt, 12, (stop,)) for prompt in prompts]
+        ends = [len(row) for row in want if row[-1] == stop]
+        if any(ends.count(end) <= 2 and end < 12 for end in ends):
+            assert generate(net, prompts, 12, eos_ids=(stop,)).completions == want
+    assert any(len(set(row)) > 1 for row in free)
+
+
 def test_samples_of_a_prompt_lie_together_and_share_its_prefill():
     net = model()
     greedy = generate(net, PROMPTS, 6).completions

@@ -36,6 +36,8 @@ CASES = [
              ROOM + "test_norm_equals_transformers"),
     Mutation("kv heads repeated in the wrong order", KERNELS, "x.repeat_interleave(groups, dim=1)",
              "x.repeat(1, groups, 1, 1)", ROOM + "test_logits_equal_transformers"),
+    Mutation("finished rows grow on", SAMPLER,
+             "            if done[row]:\n                continue\n", "", GENERATION + "test_finished_rows_that_wait_in_the_batch_stay_finished"),
     Mutation("decoding mixes the groups", KERNELS, "q_BTHK.unflatten(2, (-1, groups))[:, 0]",
              "q_BTHK.unflatten(2, (groups, -1))[:, 0].transpose(1, 2)",
              GENERATION + "test_greedy_equals_full_passes"),
