@@ -463,12 +463,16 @@ def versions() -> dict[str, str]:
 def die_with_runner() -> None:
     """End this process when the one that started it is killed, so that it stops writing."""
     runner = os.environ.get("QWENLIB_RUNNER_PID")
-    if runner is None or int(runner) != os.getppid():
-        return
+    if runner is not None and int(runner) == os.getppid():
+        die_with_parent(int(runner))
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when `parent`, which started it, is killed (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != int(runner):  # it died before the line above
+        if os.getppid() != parent:  # it died before the line above
             os._exit(1)
 
 

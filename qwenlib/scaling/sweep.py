@@ -29,6 +29,7 @@ from qwenlib.data.shards import TokenShards
 from qwenlib.model.accounting import flops_per_token, parameter_count
 from qwenlib.model.config import QwenConfig
 from qwenlib.model.transformer import Qwen
+from qwenlib.notebook import die_with_parent
 from qwenlib.training.loop import TrainConfig, train
 from qwenlib.training.losses import held_out_loss, next_token_loss
 
@@ -150,7 +151,9 @@ def run_sweep(
         return [rows[run.key] for run in runs]
     folders = train_shards.directory, heldout_shards.directory
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=die_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         longest_first = sorted(missing, key=lambda run: -run.C)
         futures = {pool.submit(_train_alone, run, *folders): run for run in longest_first}
         for future in tqdm(as_completed(futures), total=len(futures), desc="sweep",

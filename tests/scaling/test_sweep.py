@@ -1,4 +1,12 @@
+import contextlib
 import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,3 +100,60 @@ def test_two_workers_give_the_rows_of_one(plan, shards, tmp_path):
             k: v for k, v in b.items() if k != "seconds"
         }
     assert list(sweep.read_rows(tmp_path / "two.csv")) == [run.key for run in plan]
+
+
+SWEEP = """
+import sys
+from qwenlib.data.shards import TokenShards
+from qwenlib.scaling import sweep
+if __name__ == "__main__":
+    shards = [TokenShards(f"{sys.argv[1]}/{part}") for part in ("train", "heldout")]
+    runs = [
+        sweep.SweepRun(
+            hidden_size=16, num_hidden_layers=1, head_dim=8, ffn_ratio=2, vocab_size=50,
+            seq_len=16, batch_size=8, steps=100_000 + i, learning_rate=0.02, eval_batches=2,
+            data=sweep.data_id(*shards),
+        )
+        for i in range(2)
+    ]
+    sweep.run_sweep(runs, *shards, f"{sys.argv[1]}/sweep.csv", workers=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
+def test_workers_die_with_a_killed_sweep(shards, tmp_path):
+    script = tmp_path / "long_sweep.py"
+    script.write_text(SWEEP)
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+
+    def workers():
+        """Living processes that run the script: the parent and its workers."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                pid, state, ppid = re.match(r"(\d+) \(.*\) (\w) (\d+)", path.read_text()).groups()
+                command = (path.parent / "cmdline").read_text()
+                if int(ppid) == parent.pid and state != "Z" and "spawn_main" in command:
+                    found.append(int(pid))
+        return found
+
+    def alive(pid):
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return False
+
+    try:
+        until = time.monotonic() + 60
+        while len(started := workers()) < 2:
+            assert time.monotonic() < until and parent.poll() is None, "no workers"
+            time.sleep(0.2)
+        parent.kill()
+        parent.wait()
+        until = time.monotonic() + 30
+        while any(map(alive, started)):
+            assert time.monotonic() < until, "workers outlive the sweep"
+            time.sleep(0.2)
+    finally:
+        parent.kill()
+        for pid in filter(alive, started):
+            os.kill(pid, signal.SIGKILL)
