@@ -46,14 +46,10 @@ class LongContextSampler:
     def _retrieval_row(self, rng: random.Random) -> PackedBatch:
         """One row: documents of one length while they fit, then of half the length, and so on.
 
-        Half of the rows draw that length uniformly up to the row, which trains the distance; half
-        uniformly in its logarithm, because short documents hold more keys a row to learn from.
+        That length is uniform in its logarithm: short documents hold more keys a row to learn from.
         """
         documents, room = [], self.seq_len
-        if rng.random() < 0.5:
-            filler = rng.randint(0, self._most_filler)
-        else:
-            filler = round((self._most_filler + 1) ** rng.random()) - 1
+        filler = round((self._most_filler + 1) ** rng.random()) - 1
         while True:
             text, key = passkey_text(filler, rng.random(), rng)
             ids = [*self.tokenizer.encode(f"{text} {key}."), self.tokenizer.end_of_text_id]

@@ -36,10 +36,7 @@ def test_corpus_is_seeded_bounded_and_answers_itself():
     assert len({d.id for d in documents}) == len(documents)
     assert len({d.text for d in itertools.islice(documents, 50)}) > 45
     mentions = set()
-    for document in documents[1::2]:
-        first, second = re.fullmatch(r"Read and repeat: (.*)\. Again: (.*)\.", document.text).groups()
-        assert first == second and 8 <= len(first.split()) <= 20
-    for document in documents[::2]:
+    for document in documents:
         keys = re.findall(r"\d+", document.text)
         assert len(set(keys)) == 1
         mentions.add(document.text.count(needle_line(keys[0])))
