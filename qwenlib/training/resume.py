@@ -37,9 +37,9 @@ def save_state(
     partial = directory / f".partial_{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = {"model": model.state_dict(), "optimizer": _flatten(optimizer.state_dict())}
-    if not optimizer.state:  # no step had a label yet
-        del state["optimizer"]
+    state = {"model": model.state_dict()}
+    if optimizer.state:  # none before the first step that has a label
+        state["optimizer"] = _flatten(optimizer.state_dict())
     with _quiet():
         dcp.save(state, checkpoint_id=partial / "tensors", no_dist=True)
     meta = {
