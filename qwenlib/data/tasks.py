@@ -171,12 +171,16 @@ def generate_tasks(
     for family in families:
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    # Entry i is drawn from seed + i: neighbouring seeds would give one stream, shifted by one.
-    digests = [hashlib.sha256(f"{family}/{seed}".encode()).digest()[:6] for family in families]
-    streams = [
-        _stream(family, int.from_bytes(digest, "big"), split)
-        for family, digest in zip(families, digests, strict=True)
-    ]
+    streams = [_stream(family, _hashed(family, seed), split) for family in families]
+    return _in_turn(streams, count)
+
+
+def _hashed(family: str, seed: int) -> int:
+    """Entry i is drawn from seed + i: neighbouring seeds would give one stream, shifted by one."""
+    return int.from_bytes(hashlib.sha256(f"{family}/{seed}".encode()).digest()[:6], "big")
+
+
+def _in_turn(streams: list[Iterator[Task]], count: int) -> list[Task]:
     return [next(streams[i % len(streams)]) for i in range(count)]
 
 
@@ -237,7 +241,7 @@ def score(task: Task, completion: str) -> float:
 def heldout_questions(seed: int = 0, count: int = 500) -> list[str]:
     """Questions that the pretraining text is decontaminated against, families in turn."""
     streams = [_stream(family, seed, "heldout") for family in FAMILIES]
-    return [next(streams[i % len(streams)]).question for i in range(count)]
+    return [task.question for task in _in_turn(streams, count)]
 
 
 _TEMPLATES = (
