@@ -1,4 +1,5 @@
-"""The `qwenlib` command: list, params, run, report, chat, cards.
+"""The `qwenlib` command: list, params, run, report, chat, verify, plan, bench,
+cards.
 
 Exit codes of `run`: 0 done, 1 a check or stage failed, 2 bad parameters, 3 something in the
 environment is missing, 130 interrupted. Messages go to stderr; the last line on stdout is JSON.
@@ -196,28 +197,38 @@ def report(
 
 @app.command()
 def chat(
-    model_dir: Annotated[
-        Path, typer.Argument(help="A model folder, e.g. runs/default/08_sft/model")
+    source: Annotated[
+        str, typer.Argument(help="Model folder, .gguf file, hub id owner/name, or smollm2-135m.")
     ],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep so many likeliest tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Talk to a model folder; one line a turn, an empty line or Ctrl-D ends."""
+    """Talk to a model; one line a turn, an empty line or Ctrl-D ends, Ctrl-C cuts an answer."""
+    from qwenlib.assets import AssetError
+
     try:
         from qwenlib.notebook import seed_everything
 
         where = seed_everything(seed, device)
-        from qwenlib.generation import generate
+        from qwenlib.generation import Sampling, stream, stream_text
         from qwenlib.model.checkpoint import load_pretrained
         from qwenlib.tokenizer import Tokenizer
         from qwenlib.tokenizer.chat import encode_chat
 
-        model = load_pretrained(model_dir, device=where)
-        tokenizer = Tokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
+        options = {
+            "temperature": temperature, "top_p": top_p, "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        Sampling(**options)  # refuses nonsense before the weights are read
+        model = load_pretrained(source, device=where)
+        tokenizer = Tokenizer.from_pretrained(source)
+    except (OSError, ValueError, AssetError) as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(2) from None
     messages = [{"role": "system", "content": system}] if system else []
@@ -231,12 +242,230 @@ def chat(
             return
         messages.append({"role": "user", "content": text})
         ids, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
-        answer = generate(
-            model, [ids], max_new_tokens, temperature=temperature, seed=seed, eos_ids=stops
-        ).completions[0]
-        reply = tokenizer.decode([i for i in answer if i not in stops])
-        print(reply, flush=True)
-        messages.append({"role": "assistant", "content": reply})
+        tokens = stream(model, ids, max_new_tokens, seed=seed, eos_ids=stops, **options)
+        parts: list[str] = []
+        try:
+            for part in stream_text(tokenizer, tokens, hidden=stops):
+                print(part, end="", flush=True)
+                parts.append(part)
+        except KeyboardInterrupt:
+            pass  # what has been said stays said
+        print(flush=True)
+        messages.append({"role": "assistant", "content": "".join(parts)})
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model folder, .gguf file, hub id or name; none: all shapes."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and tokens drawn.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print nothing but JSON.")] = False,
+) -> None:
+    """Compare with transformers: logits, paddings, packing, gradients, layer by layer.
+
+    Without a model: the shapes of all releases, scaled down, with redrawn parameters. Exit code 1
+    when a case differs by more than its tolerance.
+    """
+    from qwenlib.assets import AssetError
+    from qwenlib.evaluation.verify import battery, model_cases
+
+    cases = []
+    try:
+        for case in battery(seed) if model is None else model_cases(model, seed):
+            cases.append(case)
+            mark = "ok " if case.passed else "OFF"
+            typer.secho(
+                f"{mark} {case.difference:9.2e} of {case.tolerance:.0e}  {case.name}",
+                err=True, fg=None if case.passed else "red",
+            )  # fmt: skip
+    except (OSError, ValueError, AssetError) as error:
+        _stop(2, str(error))
+    failed = [case for case in cases if not case.passed]
+    if not json_:
+        _print_layers(failed[0] if failed else max(cases, key=lambda case: len(case.layers)))
+    worst = max((case.difference for case in cases if case.tolerance), default=0.0)
+    line = {
+        "cases": len(cases), "failed": [case.name for case in failed], "max_abs_diff": worst,
+        "first": {case.name: case.first for case in failed},
+    }  # fmt: skip
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _print_layers(case: Any) -> None:
+    from rich.table import Table
+
+    table = Table("block", "relative difference", title=case.name)
+    for name, value in case.layers.items():
+        table.add_row(name, f"{value:.1e}", style="red" if not value <= case.tolerance else None)
+    _console().print(table)
+    if case.first:
+        _console().print(f"first block that diverges: {case.first}")
+
+
+@app.command("plan")
+def plan_(
+    model: Annotated[
+        str | None, typer.Argument(help="A preset (7b, moe-a2.7b, report-72b) or a model folder.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    mode: Annotated[str, typer.Option(help="train or serve.")] = "train",
+    gpu: Annotated[str | None, typer.Option(help="GPU type (default h100-sxm).")] = None,
+    gpus: Annotated[int | None, typer.Option(help="How many (default train 8, serve 1).")] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="Share of peak FLOP/s (default 0.4).")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars a GPU-hour (default 2).")] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(help="train: tokens in all, e.g. 18e12 (default 20 a parameter)."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="train: tokens (default 4096).")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="train: rows a pass (default 1).")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="train: rows a step (default one micro-batch a replica).")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="train: tokens a step, in place of --global-batch.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="train: mixed, bf16 or fp32 (default mixed).")
+    ] = None,
+    sharding: Annotated[
+        str | None, typer.Option(help="train: none, zero1, fsdp (default fsdp).")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="train: degree (default 1).")] = None,
+    checkpointing: Annotated[
+        str | None, typer.Option(help="train: none, selective or full (default none).")
+    ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="train: fused, or reference as in PyTorch (default fused).")
+    ] = None,
+    loss_chunk: Annotated[
+        int | None,
+        typer.Option(help="train: tokens a chunk of the loss; 0: all at once (default 0)."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="serve: conversations at once (default 1).")
+    ] = None,
+    prompt_length: Annotated[int | None, typer.Option(help="serve: tokens (default 1024).")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="serve: tokens written (default 256).")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="serve: prompt tokens in a block at once (default 8192).")
+    ] = None,
+    bandwidth_utilisation: Annotated[
+        float | None, typer.Option(help="serve: share of peak bandwidth (default 0.6).")
+    ] = None,
+    only_json: Annotated[bool, typer.Option("--json", help="Print the JSON line alone.")] = False,
+) -> None:
+    """What training or serving a model takes: memory by kind, FLOPs, days, cost. Nothing runs."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    for name in ("model", "preset", "mode", "batch_tokens", "only_json"):
+        given.pop(name, None)
+    if (model is None) == (preset is None):
+        _stop(2, "give one model: a preset such as 7b or report-72b, or a folder")
+    from qwenlib.model import planner
+
+    try:
+        if batch_tokens is not None:
+            length = sequence_length or planner.Training.sequence_length
+            given["global_batch"], rest = divmod(batch_tokens, length)
+            if rest or mode != "train" or global_batch is not None:
+                raise ValueError(
+                    f"--batch-tokens {batch_tokens} stands for --global-batch of mode train, in "
+                    f"rows of {length} tokens"
+                )
+        costs = planner.plan(model or preset, mode, **given)
+    except (OSError, ValueError) as error:
+        _stop(2, str(error))
+    line = costs.as_json()
+    if not only_json:
+        _print_costs(line)
+    print(json.dumps({"ok": True, "mode": mode, **line}, ensure_ascii=False), flush=True)
+
+
+def _print_costs(costs: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    def number(value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return str(value)
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
+
+    settings, memory = costs["settings"], dict(costs["memory_bytes"])
+    console, assumed = _console(), settings["assumed"]
+    table = Table("setting", "value", "assumed" if assumed else "", title=settings["model"])
+    for name, value in settings.items():
+        if name not in ("model", "assumed"):
+            table.add_row(name, number(value), assumed.get(name, ""))
+    console.print(table)
+    total, capacity = memory.pop("total") / 1e9, costs["gpu_memory_bytes"] / 1e9
+    table = Table("memory on one GPU", "GB", show_footer=True)
+    table.columns[0].footer = "total (the larger of logits and working)"
+    table.columns[1].footer = f"{total:,.2f}"
+    for kind, size in memory.items():
+        if size:
+            table.add_row(kind, f"{size / 1e9:,.2f}")
+    console.print(table)
+    console.print(f"  {'fits' if costs['fits'] else 'DOES NOT FIT'} in {capacity:,.0f} GB\n")
+    table = Table("cost", "value")
+    for name, value in costs.items():
+        if name not in ("settings", "memory_bytes", "gpu_memory_bytes", "fits"):
+            parts = value if isinstance(value, dict) else {"": value}
+            for part, part_value in parts.items():
+                label = f"{name} {part}".strip().replace("_", " ")
+                table.add_row(label.replace("cost", "dollars"), number(part_value))
+    console.print(table)
+
+
+@app.command("bench")
+def bench_(
+    what: Annotated[str, typer.Argument(help="generate or forward")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    name: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of a case, both sides each.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [all cores].")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Our speed against transformers' on the same weights; above 1 ours is faster."""
+    from qwenlib import bench
+
+    def tell(line: str) -> None:
+        typer.secho(line, err=True)
+
+    try:
+        report = bench.run(
+            bench.select(what, name), rounds=rounds, threads=threads, dtype=dtype, device=device,
+            tell=tell,
+        )  # fmt: skip
+    except ValueError as error:
+        _stop(2, str(error))
+    if as_json:
+        print(json.dumps(report.as_json(), ensure_ascii=False), flush=True)
+    else:
+        _print_bench(report)
+    raise typer.Exit(1 if report.refused else 0)
+
+
+def _print_bench(report: Any) -> None:
+    from rich.table import Table
+
+    title = f"{report.device}, {report.dtype}, {report.threads} threads; ratio > 1: ours is faster"
+    table = Table("case", "what", "ours", "peer", "unit", "ratio", "95 %", "against", title=title)
+    for row in report.rows:
+        table.add_row(
+            row["name"], row["about"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", row["unit"],
+            f"{row['ratio']:.2f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
+            row["peer_name"],
+        )  # fmt: skip
+    _console().print(table)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
     python tools/record_results.py walk runs/walkthrough     # the walk: times and metrics
     python tools/record_results.py seeds runs/seed0 runs/seed1 runs/seed2   # GRPO, several seeds
+    python tools/record_results.py bench [generate.json forward.json]   # speed; no file: run it
     python tools/record_results.py tables                    # tables again from the records
 
 Every number in README.md and RESULTS.md comes from these records; a test compares them.
@@ -13,6 +14,7 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +54,36 @@ def record_seeds(run_dirs: list[Path]) -> None:
     write("grpo_seeds.json", [short(read(run_dir, "11_grpo")) for run_dir in run_dirs])
 
 
+def record_bench(files: list[Path]) -> None:
+    """The reports of `qwenlib bench ... --json` of one machine, as one; runs both without files."""
+    if files:
+        reports = [json.loads(path.read_text()) for path in files]
+    else:
+        reports = []
+        for kind in ("generate", "forward"):
+            command = [sys.executable, "-m", "qwenlib", "bench", kind, "--json"]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(f"qwenlib bench {kind} ended with {done.returncode}")
+            reports.append(json.loads(done.stdout.splitlines()[-1]))
+    record = join_bench(reports)
+    write("bench_cpu.json" if record["device"] == "cpu" else "bench_gpu.json", record)
+
+
+def join_bench(reports: list[dict]) -> dict:
+    """One report of several; exits when they differ in anything that speed depends on."""
+    record = dict(reports[0], rows=[], skipped={})
+    for report in reports:
+        for key in ("device", "dtype", "threads", "platform", "versions"):
+            if report[key] != record[key]:
+                sys.exit(f"the reports differ in {key}: {record[key]} and {report[key]}")
+        if report["refused"]:
+            sys.exit(f"outputs differ, so nothing is recorded: {report['refused']}")
+        record["rows"] += report["rows"]
+        record["skipped"] |= report["skipped"]
+    return record
+
+
 def write(name: str, record: object) -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
     (RECORDS / name).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -83,6 +115,7 @@ ENDS = {
     "00_start_here": "a map of the report and of this machine",
     "01_architecture": "Table 1 to the last parameter; logits equal to transformers'",
     "02_tokenizer": "a byte-level BPE trained here, beside the real vocabulary",
+    "03_mixture_of_experts": "experts cut from a dense model: who visits whom, how evenly",
     "04_pretraining_data": "filtered, deduplicated, decontaminated token shards",
     "05_scaling_laws": "laws with intervals, on public runs and on our own sweep",
     "06_pretraining": "a loss curve that the law predicted",
@@ -129,6 +162,32 @@ def seed_table(seeds: list[dict]) -> list[str]:
     return lines
 
 
+def bench_table(record: dict) -> list[str]:
+    """RESULTS: rates of both sides and their ratio, one row a case."""
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers"))
+    lines = [
+        f"{record['platform']}, {record['device']}, {record['threads']} threads, "
+        f"{record['dtype']}; {versions}.",
+        "",
+        "| case | what | ours (tokens/s) | peer (tokens/s) | ours / peer | 95 % interval | peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['about']} | {row['ours']:,.0f} | {row['peer']:,.0f} | "
+            f"{row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f} | "
+            f"{row['peer_name']} |"
+        )
+    for row in record["rows"]:
+        if "bandwidth_fraction" in row:
+            lines += ["", f"{row['name']} reads its weights at "
+                      f"{percent(row['bandwidth_fraction'])} of the {record['bandwidth_gb_s']:.0f} "
+                      "GB/s of a large copy."]  # fmt: skip
+    for name, reason in record["skipped"].items():
+        lines += ["", f"Not measured: {name} ({reason})."]
+    return lines
+
+
 def device_line(walk: dict) -> list[str]:
     """RESULTS: where and with what the walk ran."""
     facts = walk["11_grpo"]["environment"]
@@ -172,6 +231,9 @@ def tables() -> dict[str, list[str]]:
         }
     if seeds:
         out["seeds"] = seed_table(seeds)
+    for marker, name in (("bench", "bench_cpu.json"), ("bench-gpu", "bench_gpu.json")):
+        if record := load(name):
+            out[marker] = bench_table(record)
     return out
 
 
@@ -186,8 +248,8 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("walk", "seeds", "tables"))
-    parser.add_argument("run_dirs", nargs="*", type=Path)
+    parser.add_argument("what", choices=("walk", "seeds", "bench", "tables"))
+    parser.add_argument("run_dirs", nargs="*", type=Path, help="run folders; bench: JSON files")
     arguments = parser.parse_args()
     if arguments.what == "walk":
         if len(arguments.run_dirs) != 1:
@@ -195,6 +257,8 @@ def main() -> None:
         record_walk(arguments.run_dirs[0])
     elif arguments.what == "seeds":
         record_seeds(arguments.run_dirs)
+    elif arguments.what == "bench":
+        record_bench(arguments.run_dirs)
     for name in ("README.md", "RESULTS.md"):
         path = ROOT / name
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

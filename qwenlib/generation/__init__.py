@@ -1,5 +1,6 @@
 """Sampling with a KV cache."""
 
-from qwenlib.generation.sampler import Generation, generate
+from qwenlib.generation.sampler import Generation, generate, stream, stream_text
+from qwenlib.generation.sampling import Sampling
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Generation", "Sampling", "generate", "stream", "stream_text"]

@@ -3,6 +3,16 @@
 Every operation has a reference in PyTorch (`reference.py`) that defines it and runs on any device.
 """
 
-from qwenlib.kernels.reference import apply_rope, attention, rms_norm, swiglu
+from qwenlib.kernels.cpu import linear
+from qwenlib.kernels.grouped import expert_ffn
+from qwenlib.kernels.reference import apply_rope, attention, decode_attention, rms_norm, swiglu
 
-__all__ = ["apply_rope", "attention", "rms_norm", "swiglu"]
+__all__ = [
+    "apply_rope",
+    "attention",
+    "decode_attention",
+    "expert_ffn",
+    "linear",
+    "rms_norm",
+    "swiglu",
+]

@@ -1,7 +1,7 @@
-"""Report §2: the dense transformer, its rotary positions, its cache and its checkpoints."""
+"""Report §2: the transformer, dense and mixture of experts, its positions, cache, checkpoints."""
 
 from qwenlib.model.checkpoint import load_pretrained, save_pretrained
-from qwenlib.model.config import QwenConfig
+from qwenlib.model.config import MoEConfig, QwenConfig
 from qwenlib.model.transformer import KVCache, Qwen
 
-__all__ = ["KVCache", "Qwen", "QwenConfig", "load_pretrained", "save_pretrained"]
+__all__ = ["KVCache", "MoEConfig", "Qwen", "QwenConfig", "load_pretrained", "save_pretrained"]

@@ -1,4 +1,4 @@
-"""The configuration of a dense Qwen2.5 model, with the field names of its `config.json`."""
+"""The configuration of a Qwen2.5 model, dense or MoE, with the field names of its `config.json`."""
 
 import dataclasses
 import difflib
@@ -6,13 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# Keys of a released config.json that do not change what the network computes.
+# Keys of a released config.json that do not change what the network computes. The window's two
+# keys count only with use_sliding_window, which is refused.
 _INERT_KEYS = {
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
-    "layer_types", "max_window_layers", "model_type", "pad_token_id", "sliding_window",
-    "torch_dtype", "transformers_version", "use_cache", "use_mrope",
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "max_window_layers",
+    "model_type", "output_router_logits", "pad_token_id", "sliding_window", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+# Keys with one value that this network computes; any other value is refused by name.
+_FIXED_KEYS = {
+    "attention_dropout": 0.0, "hidden_act": "silu", "qkv_bias": True, "use_mrope": False,
+    "use_sliding_window": False,
 }  # fmt: skip
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,43 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Routed experts beside a shared one (report §2; Qwen2 report §2.2.2).
+
+    A layer is dense when it is in mlp_only_layers or (layer + 1) % decoder_sparse_step is not 0.
+    norm_topk_prob: renormalise the chosen gates to sum to one; the releases do not.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts "
+                f"{self.num_experts}"
+            )
+        for name in (
+            "moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step"
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class QwenConfig:
-    """Shape of a dense model. Field names are Hugging Face's; lengths are in tokens."""
+    """Shape of a model. Field names are Hugging Face's; lengths are in tokens.
+
+    With `moe` set the model is a mixture of experts and intermediate_size belongs to its dense
+    layers, if it has any.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -58,6 +100,7 @@ class QwenConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     yarn: YarnConfig | None = None
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
@@ -74,6 +117,15 @@ class QwenConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer 0 … num_hidden_layers - 1 routes its tokens to experts."""
+        moe = self.moe
+        return (
+            moe is not None
+            and layer not in moe.mlp_only_layers
+            and (layer + 1) % moe.decoder_sparse_step == 0
+        )
 
     def replace(self, **changes: Any) -> "QwenConfig":
         """A copy with some fields changed; an unknown field raises with the nearest name."""
@@ -92,14 +144,21 @@ class QwenConfig:
         Raises ValueError for another architecture, sliding windows, an unsupported activation or
         RoPE type, or an unknown key.
         """
-        if config.get("model_type", "qwen2") != "qwen2":
-            raise ValueError(f"model_type {config['model_type']!r} is not a dense Qwen2.5 model")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r}: only 'silu' is supported")
-        if config.get("use_sliding_window"):
-            raise ValueError("use_sliding_window is true: Qwen2.5 releases never set it")
-        fields = {field.name for field in dataclasses.fields(cls)} - {"yarn"}
-        known = fields | _INERT_KEYS | _ROPE_KEYS | {"hidden_act", "use_sliding_window"}
+        kind = config.get("model_type", "qwen2")
+        if kind not in _ARCHITECTURES:
+            raise ValueError(
+                f"model_type {kind!r} is none of {', '.join(_ARCHITECTURES)}: another architecture"
+            )
+        moe_fields = {field.name for field in dataclasses.fields(MoEConfig)}
+        fields = {field.name for field in dataclasses.fields(cls)} - {"yarn", "moe"}
+        known = fields | _INERT_KEYS | _ROPE_KEYS | set(_FIXED_KEYS) | {"layer_types"}
+        if kind == "qwen2_moe":
+            known |= moe_fields
+        for key, value in _FIXED_KEYS.items():
+            if config.get(key) not in (None, value):
+                raise ValueError(f"{key} is {config[key]!r}: only {value!r} is supported")
+        if windows := set(config.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError(f"layer_types names {sorted(windows)}: only 'full_attention' is known")
         unknown = sorted(
             key for key in set(config) - known if config[key] not in (None, False, [], {})
         )
@@ -109,7 +168,13 @@ class QwenConfig:
             raise ValueError(f"config.json has unknown keys {unknown}{hint}")
         theta, yarn = _read_rope(config)
         values = {key: config[key] for key in fields if config.get(key) is not None}
-        return cls(**{**values, "rope_theta": theta, "yarn": yarn})
+        _require(cls, values)
+        moe = None
+        if kind == "qwen2_moe":
+            moe_values = {key: config[key] for key in moe_fields if config.get(key) is not None}
+            _require(MoEConfig, moe_values)
+            moe = MoEConfig(**moe_values)
+        return cls(**{**values, "rope_theta": theta, "yarn": yarn, "moe": moe})
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers (4 and 5) and vLLM open."""
@@ -118,10 +183,14 @@ class QwenConfig:
             yarn = {key: v for key, v in dataclasses.asdict(self.yarn).items() if v is not None}
             yarn = {"rope_type": "yarn", "type": "yarn", **yarn}
         out = dataclasses.asdict(self)
-        del out["yarn"]
+        del out["yarn"], out["moe"]
+        kind = "qwen2" if self.moe is None else "qwen2_moe"
+        if self.moe is not None:
+            out |= dataclasses.asdict(self.moe)
+            out["mlp_only_layers"] = list(self.moe.mlp_only_layers)
         return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": [_ARCHITECTURES[kind]],
+            "model_type": kind,
             **out,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
@@ -129,6 +198,16 @@ class QwenConfig:
             "use_sliding_window": False,
             "use_cache": True,
         }
+
+
+def _require(cls: type, values: dict[str, Any]) -> None:
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
 
 
 def _read_rope(config: dict[str, Any]) -> tuple[float, YarnConfig | None]:

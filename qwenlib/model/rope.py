@@ -50,7 +50,10 @@ def rope_frequencies(config: QwenConfig) -> tuple[Tensor, float]:
 def rope_tables(
     position_ids_BT: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, T, K). Angles are fp32: bf16 positions are already wrong above 256."""
+    """cos and sin (B, T, K) as `kernels.apply_rope` takes them: sin with a minus in its first half.
+
+    Angles are fp32: bf16 positions are already wrong above 256.
+    """
     angles_BTK = position_ids_BT.float().unsqueeze(-1) * frequencies.to(position_ids_BT.device)
-    angles_BTK = torch.cat((angles_BTK, angles_BTK), dim=-1)
-    return (angles_BTK.cos() * factor).to(dtype), (angles_BTK.sin() * factor).to(dtype)
+    cos, sin = angles_BTK.cos() * factor, angles_BTK.sin() * factor
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

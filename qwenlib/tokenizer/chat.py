@@ -5,6 +5,9 @@ assistant and tool; an assistant message may carry `tool_calls`. A turn is
 
     <|im_start|>{role}\\n{content}<|im_end|>\\n
 
+A tokenizer's own template decides the default system text, no more: tools and their calls are
+written as Qwen does.
+
 `encode_chat` builds ids piece by piece from control ids and encoded text, so a text that spells
 `<|im_end|>` cannot end a turn. The mask marks targets: content and `<|im_end|>` of every assistant
 turn. It leaves out the header, which is given at inference, and the newline after `<|im_end|>`,
@@ -14,9 +17,14 @@ which is never reached.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwenlib.tokenizer.control import IM_END, IM_START, TOOL_CALL, TOOL_CALL_END
 
@@ -86,6 +94,10 @@ _TOOLS_CLOSE = (
     "\n</tools>\n\nFor each function call, return a json object with function name and "
     "arguments within "
 )
+_OPENING = (
+    r"(<\|im_start\|>system\n(?P<system>.*?)<\|im_end\|>\n)?"
+    r"<\|im_start\|>user\n\?<\|im_end\|>\s*"
+)
 _CALL_SHAPE = '\n{"name": <function-name>, "arguments": <args-json-object>}\n'
 
 
@@ -102,12 +114,15 @@ def render(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    default_system: str | None = DEFAULT_SYSTEM,
 ) -> str:
     """The conversation as one string, equal to `apply_chat_template(..., tokenize=False)`.
 
+    `default_system` opens a conversation that brings no system message; None adds no such turn.
     Raises ValueError for an empty conversation, an unknown role or a content that is no text.
     """
-    return "".join(piece.text for piece in chat_pieces(messages, add_generation_prompt, tools))
+    pieces = chat_pieces(messages, add_generation_prompt, tools, default_system)
+    return "".join(piece.text for piece in pieces)
 
 
 def encode_chat(
@@ -121,11 +136,15 @@ def encode_chat(
     Equal to tokenising the rendered string when no text spells a control token and no answer
     begins with an empty line; there the string would fuse the header's newline with the answer's,
     which generation never sees. So the ids of a prompt with `add_generation_prompt` are always a
-    prefix of the ids with the answer.
+    prefix of the ids with the answer. A control string that the vocabulary lacks is text.
     """
+    pieces = chat_pieces(messages, add_generation_prompt, tools, tokenizer.default_system)
+    if any(piece.control and piece.text not in tokenizer.control for piece in pieces):
+        known = (p.control and p.text in tokenizer.control for p in pieces)
+        pieces = _join([Piece(p.text, control, p.target) for p, control in zip(pieces, known)])
     ids: list[int] = []
     mask: list[int] = []
-    for piece in chat_pieces(messages, add_generation_prompt, tools):
+    for piece in pieces:
         part = [tokenizer.control[piece.text]] if piece.control else tokenizer.encode(piece.text)
         ids += part
         mask += [int(piece.target)] * len(part)
@@ -136,12 +155,15 @@ def chat_pieces(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    default_system: str | None = DEFAULT_SYSTEM,
 ) -> list[Piece]:
     """The conversation in order; neighbouring texts of one kind are joined before encoding."""
     _validate(messages, tools)
     has_system = messages[0]["role"] == "system"
-    system = messages[0]["content"] if has_system else DEFAULT_SYSTEM
-    pieces = [_control(IM_START), Piece("system\n" + system)]
+    system = messages[0]["content"] if has_system else default_system
+    pieces: list[Piece] = []
+    if system is not None or tools:
+        pieces += [_control(IM_START), Piece("system\n" + (system or ""))]
     if tools:
         signatures = "".join("\n" + _to_json(tool) for tool in tools)
         pieces += [
@@ -153,7 +175,8 @@ def chat_pieces(
             Piece(_CALL_SHAPE),
             _control(TOOL_CALL_END),
         ]
-    pieces += _turn_end()
+    if pieces:
+        pieces += _turn_end()
 
     for i, message in enumerate(messages):
         role = message["role"]
@@ -171,6 +194,27 @@ def chat_pieces(
     if add_generation_prompt:
         pieces += [_control(IM_START), Piece("assistant\n")]
     return _join(pieces)
+
+
+def find_default_system(template: str) -> str | None:
+    """The system text that a Jinja chat template puts before one user message; None without one.
+
+    Rendered as transformers does. ValueError when the result is no ChatML, which is all that
+    `render` and `encode_chat` write.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        text = environment.from_string(template).render(messages=[{"role": "user", "content": "?"}])
+    except TemplateError as error:
+        raise ValueError(f"the chat template does not render: {error}") from error
+    turns = re.fullmatch(_OPENING, text, flags=re.DOTALL)
+    if turns is None:
+        raise ValueError(f"the chat template writes no ChatML but {text[:80]!r}: use chat_template="
+                         "qwenlib.tokenizer.chat.CHAT_TEMPLATE")  # fmt: skip
+    return turns["system"]
 
 
 def _answer(message: Message) -> list[Piece]:

@@ -7,8 +7,10 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -21,17 +23,20 @@ from qwenlib.tokenizer.bpe import (
     merges_from_ranks,
     vocabulary,
 )
-from qwenlib.tokenizer.chat import CHAT_TEMPLATE
+from qwenlib.tokenizer.chat import CHAT_TEMPLATE, find_default_system
 from qwenlib.tokenizer.control import CONTROL_TOKENS, END_OF_TEXT, IM_END, IM_START
 
 
 class Tokenizer:
     """Text to ids and back. Control-token strings in text are text unless `allow_control` is set.
 
-    Build one with `from_merges`, `from_pretrained`, `from_tiktoken` or `from_asset`.
+    Build one with `from_merges`, `from_pretrained`, `from_gguf`, `from_tiktoken` or `from_asset`.
     """
 
-    def __init__(self, tokenizer_json: dict, chat_template: str = CHAT_TEMPLATE) -> None:
+    def __init__(
+        self, tokenizer_json: dict, chat_template: str = CHAT_TEMPLATE,
+        eos_token: str = IM_END, pad_token: str = END_OF_TEXT,
+    ) -> None:  # fmt: skip
         self._full = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json))
         # The same model without added tokens cannot produce a control id, whatever the text says.
         plain = {**tokenizer_json, "added_tokens": []}
@@ -40,60 +45,60 @@ class Tokenizer:
         self.control: dict[str, int] = {
             token["content"]: token["id"] for token in tokenizer_json["added_tokens"]
         }
-        for name in (END_OF_TEXT, IM_START, IM_END):
+        if eos_token == END_OF_TEXT:
+            eos_token = IM_END  # base releases name the end of a document; here a turn ends
+        for name in (END_OF_TEXT, IM_START, IM_END, eos_token, pad_token):
             if name not in self.control:
                 raise ValueError(f"tokenizer.json has no {name}: not a Qwen2.5 layout")
         self.end_of_text_id: int = self.control[END_OF_TEXT]
-        self.pad_token_id: int = self.end_of_text_id
+        self.pad_token_id: int = self.control[pad_token]
         self.im_start_id: int = self.control[IM_START]
-        self.eos_token_id: int = self.control[IM_END]
+        self.eos_token_id: int = self.control[eos_token]
 
     @classmethod
     def from_merges(cls, merges: Sequence[Merge]) -> "Tokenizer":
         """Tokenizer from trained merges; the control tokens take the ids after the regular ones."""
-        tokens = vocabulary(merges)
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={_as_text(token): i for i, token in enumerate(tokens)},
-                merges=[(_as_text(left), _as_text(right)) for left, right in merges],
-                fuse_unk=False,
-                byte_fallback=False,
-            )
-        )
-        backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(PRETOKEN_PATTERN), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
-        backend.add_tokens(
-            [
-                AddedToken(token.text, special=token.special, normalized=False)
-                for token in CONTROL_TOKENS
-            ]
-        )
-        return cls(json.loads(backend.to_str()))
+        vocab = {_as_text(token): i for i, token in enumerate(vocabulary(merges))}
+        pairs = [(_as_text(left), _as_text(right)) for left, right in merges]
+        added = [AddedToken(t.text, special=t.special, normalized=False) for t in CONTROL_TOKENS]
+        return cls(assemble(vocab, pairs, added, *qwen_pipeline()))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Tokenizer":
-        """Tokenizer from a Hugging Face folder; raises FileNotFoundError without tokenizer.json."""
-        directory = Path(directory)
+    def from_pretrained(cls, source: str | Path) -> "Tokenizer":
+        """Tokenizer of a Hugging Face folder, a .gguf file, a hub id or a registered name.
+
+        Raises FileNotFoundError where there is no such source or no tokenizer.json in it.
+        """
+        directory = Path(source).expanduser()
+        if not directory.is_dir():
+            from qwenlib.model.sources import resolve_model
+
+            if directory.is_file() and directory.suffix == ".gguf":
+                return cls.from_gguf(directory)
+            directory = resolve_model(source, weights=False)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist: give a folder written by Tokenizer.save_pretrained or a "
                 "Qwen2.5 model folder"
             )
-        template = CHAT_TEMPLATE
-        config, jinja = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+        file, jinja = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if jinja.is_file():
-            template = jinja.read_text(encoding="utf-8")
-        elif config.is_file():
-            template = json.loads(config.read_text(encoding="utf-8")).get("chat_template", template)
-        return cls(json.loads(path.read_text(encoding="utf-8")), template)
+            config["chat_template"] = jinja.read_text(encoding="utf-8")
+        chosen = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key in ("chat_template", "eos_token", "pad_token")
+            if (value := config.get(key))
+        }
+        return cls(json.loads(path.read_text(encoding="utf-8")), **chosen)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> "Tokenizer":
+        """Tokenizer in a GGUF file's metadata; ValueError names the file and the key in the way."""
+        from qwenlib.tokenizer.gguf import read_tokenizer
+
+        return cls(**read_tokenizer(path))
 
     @classmethod
     def from_tiktoken(cls, path: str | Path) -> "Tokenizer":
@@ -127,6 +132,14 @@ class Tokenizer:
             cls.from_tiktoken(ranks_file).save_pretrained(folder)
         return cls.from_pretrained(folder)
 
+    @cached_property
+    def default_system(self) -> str | None:
+        """The system text of a conversation that brings none; None: no system turn is added.
+
+        Found by rendering the chat template; ValueError when that writes no ChatML.
+        """
+        return find_default_system(self.chat_template)
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, vocab.json, merges.txt and the token map."""
         directory = Path(directory)
@@ -139,8 +152,8 @@ class Tokenizer:
             "additional_special_tokens": [
                 t["content"] for t in added if t["special"] and t["id"] != self.end_of_text_id
             ],
-            "eos_token": IM_END,
-            "pad_token": END_OF_TEXT,
+            "eos_token": self._full.id_to_token(self.eos_token_id),
+            "pad_token": self._full.id_to_token(self.pad_token_id),
         }
         config = {
             "add_bos_token": False,
@@ -156,7 +169,19 @@ class Tokenizer:
             "tokenizer_class": "Qwen2Tokenizer",
             "unk_token": None,
         }
-        files = {
+        code = {}
+        if not _is_qwen(tokenizer_json):
+            # AutoTokenizer of transformers 5 takes a qwen2 model for one with Qwen's pre-tokenizer,
+            # whatever tokenizer.json says, unless the folder names a class of its own.
+            module, name = "tokenization", "PlainTokenizer"
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config["auto_map"] = {"AutoTokenizer": [None, f"{module}.{name}"]}
+            code[f"{module}.py"] = (
+                "from transformers import PreTrainedTokenizerFast\n\n\n"
+                f"class {name}(PreTrainedTokenizerFast):\n"
+                '    """tokenizer.json as it is."""\n'
+            )
+        files = code | {
             "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
             "merges.txt": "#version: 0.2\n" + "".join(f"{m}\n" for m in merges),
             "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
@@ -209,6 +234,36 @@ class Tokenizer:
     def __repr__(self) -> str:
         regular = self.vocab_size - len(self.control)
         return f"Tokenizer({regular:,} regular + {len(self.control)} control tokens)"
+
+
+def _is_qwen(tokenizer_json: dict) -> bool:
+    """Whether text is normalised and split as Qwen does it."""
+    first, *_ = (tokenizer_json["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
+    normaliser = (tokenizer_json["normalizer"] or {}).get("type")
+    return normaliser == "NFC" and first.get("pattern") == {"Regex": PRETOKEN_PATTERN}
+
+
+def qwen_pipeline() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
+    """Qwen's normaliser and pre-tokenizer: NFC, its pattern, then bytes as characters."""
+    split = pre_tokenizers.Split(tokenizers.Regex(PRETOKEN_PATTERN), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return normalizers.NFC(), pre_tokenizers.Sequence([split, in_bytes])
+
+
+def assemble(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Sequence[AddedToken],
+    normalizer: normalizers.Normalizer | None, pre_tokenizer: pre_tokenizers.PreTokenizer,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of tokenizer.json: byte-level BPE; added tokens outside `vocab` follow it."""
+    model = models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False)
+    backend = tokenizers.Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_tokens(added)
+    return json.loads(backend.to_str())
 
 
 def _as_text(token: bytes) -> str:

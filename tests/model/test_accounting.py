@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwenlib.model import KVCache, Qwen, QwenConfig
+from qwenlib.model import KVCache, Qwen, QwenConfig, presets
 from qwenlib.model.accounting import flops_per_token, kv_bytes_per_token, parameter_count
 from qwenlib.model.presets import PRESETS, PUBLISHED_BILLIONS
 
@@ -39,9 +39,43 @@ def test_presets_are_the_seven_of_the_report():
     assert set(PRESETS) == set(EXACT) == set(PUBLISHED_BILLIONS)
 
 
+# name: total, activated, activated without embeddings, in billions (arithmetic by hand).
+EXPERTS = {"moe-a2.7b": (14.316, 2.689, 2.067), "moe-57b-a14b": (57.409, 14.249, 13.160)}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_the_released_models(name):
+    count = parameter_count(presets.find(name))
+    got = (count.total, count.activated, count.activated_non_embedding)
+    assert tuple(round(value / 1e9, 3) for value in got) == EXPERTS[name]
+    total, activated = presets.PUBLISHED_MOE_BILLIONS[name]
+    assert count.total / 1e9 == pytest.approx(total, rel=0.01)
+    assert count.activated / 1e9 == pytest.approx(activated, rel=0.02)
+
+
+def test_presets_by_name():
+    assert presets.find("7B") is PRESETS["7b"]
+    instruct = presets.find("14b-instruct")
+    assert (instruct.rms_norm_eps, instruct.max_position_embeddings) == (1e-6, 32_768)
+    assert instruct.replace(rms_norm_eps=1e-5, max_position_embeddings=131_072) == PRESETS["14b"]
+    with pytest.raises(ValueError, match="no preset '7bb': did you mean '7b'"):
+        presets.find("7bb")
+    for name, config in presets.TEACHING.items():
+        sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim)
+        if config.moe is not None:
+            sizes += (config.moe.moe_intermediate_size, config.moe.shared_expert_intermediate_size)
+        assert all(size % 64 == 0 for size in sizes), name
+        billions = float(name.split("-")[-1].removesuffix("m")) / 1000
+        assert parameter_count(config).total / 1e9 == pytest.approx(billions, rel=0.15), name
+
+
 @pytest.mark.parametrize(
-    "config", [*PRESETS.values(), TINY, TINY.replace(tie_word_embeddings=True)]
-)
+    "config",
+    [
+        *PRESETS.values(), *presets.MOE.values(), *presets.TEACHING.values(), TINY,
+        TINY.replace(tie_word_embeddings=True),
+    ],
+)  # fmt: skip
 def test_counts_equal_the_module(config):
     with torch.device("meta"):
         model = Qwen(config)

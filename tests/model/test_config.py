@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwenlib.model import QwenConfig
+from qwenlib.model import MoEConfig, QwenConfig, presets
 from qwenlib.model.config import YarnConfig
 
 BASE = {
@@ -20,11 +20,24 @@ BASE = {
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": True,
 }
+EXPERTS = {
+    "model_type": "qwen2_moe",
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 96,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": False,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "qkv_bias": True,
+}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}
 
 
 def config(**changes) -> QwenConfig:
-    return QwenConfig.from_hf(BASE | changes)
+    return QwenConfig.from_hf({**BASE, **changes})
 
 
 def test_fields_are_read_and_head_dim_follows():
@@ -76,6 +89,17 @@ def test_default_rope_and_a_missing_base():
     [
         ({"model_type": "llama"}, "llama"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1: only 0.0"),
+        ({"use_mrope": True}, "use_mrope"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"intermediate_size": None}, "lacks intermediate_size"),
+        ({**EXPERTS, "qkv_bias": False}, "qkv_bias is False"),
+        ({**EXPERTS, "num_experts": None}, "lacks num_experts"),
+        ({**EXPERTS, "num_experts_per_tok": 61}, "num_experts_per_tok 61"),
+        ({**EXPERTS, "n_group": 4}, "n_group"),
+        ({**EXPERTS, "moe_intermediate_size": 0}, "moe_intermediate_size must be at least 1"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rms_norm_epsilon": 1e-5}, "rms_norm_epsilon.*nearest known: rms_norm_eps"),
         ({"qk_norm": True}, "qk_norm"),
@@ -92,6 +116,27 @@ def test_default_rope_and_a_missing_base():
 def test_a_key_that_would_change_the_network_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_experts_are_read_and_written():
+    got = config(**EXPERTS | {"mlp_only_layers": [1]})
+    assert got.moe == MoEConfig(60, 4, 32, 96, mlp_only_layers=(1,))
+    assert [got.is_moe_layer(i) for i in range(4)] == [True, False, True, True]
+    sparse = MoEConfig(60, 4, 32, 96, decoder_sparse_step=2)
+    assert [got.replace(moe=sparse).is_moe_layer(i) for i in range(4)] == [False, True] * 2
+    assert QwenConfig.from_hf(json.loads(json.dumps(got.to_hf()))) == got
+    assert got.to_hf()["architectures"] == ["Qwen2MoeForCausalLM"]
+    assert not config().is_moe_layer(0)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_survive_transformers(name, tmp_path):
+    from transformers import Qwen2Config, Qwen2MoeConfig
+
+    first = presets.find(name)
+    theirs = Qwen2Config if first.moe is None else Qwen2MoeConfig
+    theirs(**first.to_hf()).save_pretrained(tmp_path)
+    assert QwenConfig.from_hf(json.loads((tmp_path / "config.json").read_text())) == first
 
 
 def test_inert_keys_are_accepted():

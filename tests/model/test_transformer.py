@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from qwenlib import kernels
 from qwenlib.data.packing import pack_rows
-from qwenlib.model import KVCache, Qwen, QwenConfig, transformer
+from qwenlib.model import KVCache, MoEConfig, Qwen, QwenConfig, transformer
 from qwenlib.model.config import YarnConfig
 
 V, T = 101, 96
@@ -270,6 +270,34 @@ def test_packed_row_equals_its_documents_alone():
         torch.testing.assert_close(
             got, parameter.grad, atol=1e-5 * float(got.abs().max()), rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(6, 2, 8, 16)])
+def test_gradient_checkpointing_changes_memory_alone(moe):
+    """Equal loss and gradients for padded rows, and far fewer bytes kept for the backward pass."""
+    model, ids = ours(config(moe=moe)).train(), tokens(B=3)
+    mask = torch.arange(T) >= torch.tensor([0, 30, 60])[:, None]
+    results = []
+    for model.gradient_checkpointing in (False, True):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, attention_mask_BS=mask.long())[mask].square().mean()
+        held = kept
+        loss.backward()
+        results.append((loss.detach(), held, [p.grad.clone() for p in model.parameters()]))
+    (loss, bytes_1, grads), (loss_2, bytes_2, grads_2) = results
+    assert torch.equal(loss, loss_2) and bytes_2 < 0.5 * bytes_1
+    for a, b in zip(grads, grads_2, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    with torch.no_grad():
+        assert model(ids).isfinite().all()
 
 
 def test_tied_head_is_one_parameter():

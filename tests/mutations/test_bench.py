@@ -1,0 +1,32 @@
+"""Edits of the benchmark that a guard must notice."""
+
+import pytest
+
+from tests.mutations.harness import Mutation, assert_caught
+
+TIMING = "tests/bench/test_timing.py::"
+CASES_FILE = "tests/bench/test_cases.py::"
+CASES = [
+    Mutation("ratio upside down", "qwenlib.bench.timing", "np.array(peer_s) / np.array(ours_s)",
+             "np.array(ours_s) / np.array(peer_s)",
+             TIMING + "test_ratio_is_above_one_when_ours_is_faster"),
+    Mutation("ours always first", "qwenlib.bench.timing", "if i % 2 == 0 else sides[::-1]",
+             "if True else sides[::-1]", TIMING + "test_rounds_alternate_who_goes_first"),
+    Mutation("warm-up counted", "qwenlib.bench.timing",
+             "summarise(ours_s[warmup:], peer_s[warmup:])", "summarise(ours_s, peer_s)",
+             TIMING + "test_warm_up_rounds_do_not_count"),
+    Mutation("queued work not waited for", "qwenlib.bench.timing",
+             "action()\n    wait()", "action()", TIMING + "test_queued_work_is_waited_for"),
+    Mutation("tokens compared by length", "qwenlib.bench.cases", "if x != y:", "if False:",
+             CASES_FILE + "test_what_differs_is_named"),
+    Mutation("any logits accepted", "qwenlib.bench.cases", "if worst <= limit else",
+             "if True else", CASES_FILE + "test_what_differs_is_named"),
+    Mutation("twin has weights of its own", "qwenlib.bench.models", "tensor.contiguous() for",
+             "tensor.clone() for",
+             CASES_FILE + "test_both_sides_share_every_tensor_and_none_is_trivial"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", CASES, ids=lambda m: m.name)
+def test_turns_red(mutation):
+    assert_caught(mutation)
