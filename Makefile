@@ -3,12 +3,13 @@ PROFILE ?= tiny
 RUN ?= runs/walkthrough
 BIN := .venv/bin
 
-.PHONY: help walkthrough test lint format lab notebooks clean
+.PHONY: help walkthrough test test-slow lint format lab notebooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make walkthrough  run every chapter ($(PROFILE)) into $(RUN), with an HTML report"
 	@echo "make test         the fast tests"
+	@echo "make test-slow    the others: full-size models, killed and resumed runs"
 	@echo "make lint         ruff, and that the notebooks' outputs belong to their source"
 	@echo "make format       let ruff format the Python files"
 	@echo "make lab          open JupyterLab on the notebooks"
@@ -24,6 +25,9 @@ walkthrough: .venv/.installed
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
