@@ -89,7 +89,7 @@ def test_command_on_a_folder(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["verify", source, "--json"])
     line = json.loads(done.stdout)
     assert done.exit_code == 0 and line["failed"] == [] and line["cases"] == 4
-    assert 0 < line["max_abs_diff"] < 1e-4
+    assert 0 <= line["max_abs_diff"] < 1e-4
     norm = kernels.rms_norm
     monkeypatch.setattr(kernels, "rms_norm", lambda x, gain, eps: norm(x, gain, 0.1))
     done = CliRunner().invoke(app, ["verify", source])
