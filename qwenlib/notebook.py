@@ -102,7 +102,8 @@ class Run:
     # ------------------------------------------------------------ start
 
     def _open(self) -> None:
-        for need in self._resolved.chapter.needs:
+        self._needs = stages.needs(self._resolved, self.run_dir)
+        for need in self._needs:
             self._ensure(need)
         self._began = time.perf_counter()  # time of this stage, without the ones it had to build
         self.device = seed_everything(self.params.seed, self.params.device)
@@ -166,7 +167,12 @@ class Run:
 
     def input(self, stage: str) -> Path:
         """Folder of a finished earlier stage; builds it or stops when it is missing."""
-        needs = self._resolved.chapter.needs
+        needs = self._needs
+        if stage in self._resolved.chapter.needs and stage not in needs:
+            raise stages.MissingInput(
+                f"{self.chapter} does not read {stage} when {', '.join(self._resolved.models)} "
+                "is given"
+            )
         if stage not in needs:
             raise stages.MissingInput(
                 f"{stage!r} is not among the needs of {self.chapter} (its profile file lists "
@@ -174,6 +180,35 @@ class Run:
             )
         self._ensure(stage)
         return self.run_dir / stage
+
+    def has_input(self, stage: str) -> bool:
+        """Whether this run reads `stage`: not where a model named by a parameter stands in."""
+        return stage in self._needs
+
+    def model_from(self, stage: str, *names: str) -> str | Path:
+        """A model to load: that of the first parameter of `names` that is set, else of `stage`.
+
+        A model named by a parameter comes as a path, hub id or registered name, and with a note
+        of the settings that suit it where the profile's are for the walk's own models.
+        """
+        for name in names or ("base_model",):
+            if (value := self.params[name]) is not None:
+                print(f"note: {name}={value} stands in for the model of {stage}")
+                self._suggest(name)
+                return stages.model_source(value)
+        return self.input(stage) / "model"
+
+    def _suggest(self, name: str) -> None:
+        lower = {
+            key: value
+            for key, value in self._resolved.chapter.models[name]["suggested"].items()
+            if self._resolved.origin[key] != "parameter" and self.params[key] > value
+        }
+        if lower and self.profile in ("tiny", "smoke"):
+            ours = ", ".join(f"{key}={self.params[key]!r}" for key in lower)
+            theirs = " ".join(f"-p {key}={value!r}" for key, value in lower.items())
+            print(f"note: {ours} of the profile suits models of a million parameters; for one of "
+                  f"a hundred million begin with  {theirs}")  # fmt: skip
 
     def _ensure(self, stage: str) -> None:
         results = stages.finished(self.run_dir, stage)
@@ -233,14 +268,16 @@ class Run:
     def check(self, name: str, condition: Any, text: str, quality: bool = False) -> None:
         """Record and print a check; raises AssertionError when it does not hold.
 
-        `quality=True`: about how good a result is; only reported under the `smoke` profile.
+        `quality=True`: about how good a result is; only reported under the `smoke` profile and
+        for a model named by a parameter, as its bounds are those of the walk's own models.
         """
-        passed, enforced = bool(condition), not (quality and self.profile == "smoke")
+        free = "smoke" if self.profile == "smoke" else next(iter(self._resolved.models), None)
+        passed, enforced = bool(condition), not (quality and free)
         self._checks[name] = {
             "name": name, "passed": passed, "text": text, "quality": quality, "enforced": enforced,
         }  # fmt: skip
         print(f"{'✓' if passed else '✗' if enforced else '○'} {name}: {text}"
-              + ("" if passed or enforced else "  (not enforced under smoke)"))  # fmt: skip
+              + ("" if passed or enforced else f"  (not enforced under {free})"))  # fmt: skip
         if enforced and not passed:
             self._write("failed", {}, None, error=f"check {name!r} failed: {text}")
             raise AssertionError(f"check {name!r} failed: {text}")

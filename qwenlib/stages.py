@@ -27,6 +27,9 @@ CHOICES = {
     "missing_input": ("build", "stop"),
 }
 STANDARD = ("profile", "seed", "device", "run_dir", "wandb_mode", "missing_input")
+# Parameters that name a model (folder, .gguf file, hub id, registered name): what each stands in
+# for is written in a table of its name in the chapter's profile file.
+MODEL_PARAMETERS = ("base_model", "merge_base")
 # Where and how a stage runs, not what it computes: left out of the fingerprint.
 NOT_IN_FINGERPRINT = ("run_dir", "wandb_mode", "device", "missing_input")
 # These files present results or start runs; they cannot change a number in a stage.
@@ -154,6 +157,7 @@ class Chapter:
     cards: tuple[str, ...]
     tables: Mapping[str, Mapping[str, Any]]
     resources: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, Mapping[str, Any]]  # of MODEL_PARAMETERS: replaces, compares, suggested
     help: Mapping[str, str]
 
     @property
@@ -196,8 +200,21 @@ def load_chapter(name: str) -> Chapter:
         cards=tuple(data.get("cards", ())),
         tables=tables,
         resources=data.get("resources", {}),
+        models={key: _model_table(path, key, data) for key in MODEL_PARAMETERS if key in data},
         help=_comments(text),
     )
+
+
+def _model_table(path: Path, key: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    table = {"replaces": [], "compares": [], "suggested": {}} | data[key]
+    if odd := set(table["suggested"]) - set(data.get("tiny", {})):
+        raise ParameterError(f"{path.name}: [{key}] suggests {sorted(odd)}, which [tiny] lacks")
+    if odd := set(table) - {"replaces", "compares", "suggested"}:
+        raise ParameterError(f"{path.name}: table [{key}] has unknown keys: {sorted(odd)}")
+    named = {*table["replaces"], *table["compares"]}
+    if odd := named - set(data.get("needs", ())):
+        raise ParameterError(f"{path.name}: table [{key}] names {sorted(odd)}, not among the needs")
+    return table
 
 
 def _comments(text: str) -> dict[str, str]:
@@ -222,6 +239,11 @@ class Resolved:
     def profile(self) -> str:
         return self.params["profile"]
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The models named by parameters instead of being taken from an earlier stage."""
+        return {k: self.params[k] for k in MODEL_PARAMETERS if self.params.get(k) is not None}
+
 
 def resolve(name: str, values: Mapping[str, Any], types: Mapping[str, ParameterType]) -> Resolved:
     """Typed parameters, with each None filled from the profile; raises ParameterError."""
@@ -231,6 +253,8 @@ def resolve(name: str, values: Mapping[str, Any], types: Mapping[str, ParameterT
     for key, value in checked.items():
         check_choice(key, value)
     chapter = load_chapter(name)
+    if odd := [key for key in MODEL_PARAMETERS if key in checked and key not in chapter.models]:
+        raise ParameterError(f"{name}.toml lacks a table for the parameter {odd[0]!r}")
     profile = checked["profile"]
     table = chapter.tables[profile]
     params = dict(table)
@@ -289,6 +313,13 @@ def resolve_run_dir(run_dir: str | Path) -> Path:
     return (notebooks.parent if inside else here) / path
 
 
+def model_source(value: str) -> str:
+    """A model named by a parameter: an absolute path if it is one on disk (relative ones start
+    where those of run_dir do), else the hub id or name as it stands."""
+    path = resolve_run_dir(value)
+    return str(path) if path.exists() else value
+
+
 def write_json(path: Path, data: object) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,6 +364,15 @@ def finished(run_dir: Path, name: str) -> dict[str, Any] | None:
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return None
     return results
+
+
+def needs(resolved: Resolved, run_dir: Path) -> tuple[str, ...]:
+    """Stages whose files this one reads. A named model stands in for those that only hand on
+    theirs; of the ones it is compared with it takes what is finished in `run_dir`."""
+    tables = [resolved.chapter.models[name] for name in resolved.models]
+    gone = {stage for table in tables for stage in table["replaces"]}
+    kept = {s for table in tables for s in table["compares"] if finished(run_dir, s) is not None}
+    return tuple(need for need in resolved.chapter.needs if need not in gone - kept)
 
 
 def set_aside(run_dir: Path, name: str) -> None:
@@ -476,6 +516,21 @@ def input_record(run_dir: Path, name: str) -> dict[str, str]:
     }
 
 
+def model_record(value: str) -> dict[str, str]:
+    """What identifies a named model as an input: its files' sizes and dates where it is a path.
+
+    A hub id or registered name stands for itself.
+    """
+    path = Path(model_source(value))
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    facts = [
+        (os.path.relpath(p, path), p.stat().st_size, p.stat().st_mtime_ns)
+        for p in files
+        if p.exists()
+    ]
+    return {"files_sha256": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
+
+
 def fingerprint(resolved: Resolved, run_dir: Path) -> tuple[str, dict[str, Any]]:
     """Hash of all that decides a stage's result, and its parts (to say what changed).
 
@@ -491,7 +546,8 @@ def fingerprint(resolved: Resolved, run_dir: Path) -> tuple[str, dict[str, Any]]
         },
         "notebook": hashlib.sha256(json.dumps(code).encode()).hexdigest(),
         "library": library_hash(code),
-        "inputs": {need: input_record(run_dir, need) for need in resolved.chapter.needs},
+        "inputs": {need: input_record(run_dir, need) for need in needs(resolved, run_dir)}
+        | {name: model_record(value) for name, value in resolved.models.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), parts
 

@@ -109,17 +109,20 @@ def make_plan(target: str, given: Given) -> Plan:
         for step in steps:
             if stages.finished(run_dir, step.name) is None:
                 missing.add(step.name)
-        needed = _needed(graph, graph_.find(target, graph), missing)
+        last = next(step for step in steps if step.asked)
+        needed = {last.name} | _needed(graph, stages.needs(last.resolved, run_dir), missing)
         steps = [step for step in steps if step.name in needed]
     return Plan(run_dir, tuple(steps), graph)
 
 
-def _needed(graph: Mapping[str, stages.Chapter], name: str, missing: set[str]) -> set[str]:
-    """`name` and the missing stages on the way to it; a finished stage hides what it needed."""
-    found = {name}
-    for need in graph[name].needs:
+def _needed(
+    graph: Mapping[str, stages.Chapter], needs: Sequence[str], missing: set[str]
+) -> set[str]:
+    """Missing stages among `needs` and on the way to them; a finished one hides what it needed."""
+    found: set[str] = set()
+    for need in needs:
         if need in missing and need not in found:
-            found |= _needed(graph, need, missing)
+            found |= {need} | _needed(graph, graph[need].needs, missing)
     return found
 
 
@@ -160,7 +163,7 @@ def execute(
         for number, step in enumerate(plan.steps, 1):
             failed = [
                 need
-                for need in step.resolved.chapter.needs
+                for need in stages.needs(step.resolved, plan.run_dir)
                 if need in results and results[need].status != "done"
             ]
             if failed:
@@ -458,7 +461,7 @@ def dry_run(plan: Plan) -> Sequence[tuple[Step, str, Mapping[str, Any]]]:
     will_run: set[str] = set()
     for step in plan.steps:
         unchanged, reason = state(plan, step)
-        rerun = will_run & set(step.resolved.chapter.needs)
+        rerun = will_run & set(stages.needs(step.resolved, plan.run_dir))
         if rerun:
             unchanged, reason = False, f"after {', '.join(sorted(rerun))}"
         if not unchanged:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,25 @@ class TokenShards:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.directory}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def shards_for(tokenizer, data: str | Path, name: str, work: str | Path) -> TokenShards:
+    """Chapter 04's documents `name` (train or heldout) as tokens of this tokenizer.
+
+    data: chapter 04's folder. Its own tokens where they are this tokenizer's; else its text,
+    encoded again into the folder `work`, each document ending with <|endoftext|>.
+    """
+    import pyarrow.parquet
+
+    shards = TokenShards(Path(data) / "tokens" / name)
+    text = pyarrow.parquet.ParquetFile(Path(data) / "text" / f"{name}.parquet")
+
+    def documents() -> Iterable[list[int]]:
+        for rows in text.iter_batches(1024, columns=["text"]):
+            for ids in tokenizer.encode_batch(rows["text"].to_pylist()):
+                yield [*ids, tokenizer.end_of_text_id]
+
+    some = enumerate(islice(documents(), 100))
+    if all(ids == shards.document(i).tolist() for i, ids in some):
+        return shards
+    return write_shards(work, documents(), tokenizer.vocab_size)

@@ -50,13 +50,14 @@ def compare_with_transformers(
     their_tokenizer = AutoTokenizer.from_pretrained(str(directory))
     ours = load_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_pretrained(directory)
-    stops = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    stops = (tokenizer.eos_token_id, tokenizer.end_of_text_id)
     difference, same_greedy, same_ids = 0.0, True, True
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
         same_ids &= ids == their_tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ids_1T = torch.tensor([ids])
-        difference = max(difference, float((ours(ids_1T) - theirs(ids_1T).logits).abs().max()))
+        gap = float((ours(ids_1T) - theirs(ids_1T).logits).abs().max())
+        difference = difference if gap <= difference else gap  # max() would pass over a NaN
         our_tokens = generate(ours, [ids], new_tokens, eos_ids=stops).completions[0]
         out = theirs.generate(
             ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=new_tokens,
@@ -64,7 +65,7 @@ def compare_with_transformers(
         )  # fmt: skip
         same_greedy &= our_tokens == out[0, len(ids) :].tolist()
     same_template = all(
-        render(messages, add_generation_prompt=prompt)
+        render(messages, prompt, default_system=tokenizer.default_system)
         == their_tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt
         )

@@ -4,14 +4,19 @@ DPO builds its pairs from such answers, GRPO its rewards, evaluation its accurac
 so that all three mean the same thing by "right".
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwenlib.data.tasks import Task, score
 from qwenlib.generation import generate
+from qwenlib.model.accounting import kv_bytes_per_token
 from qwenlib.tokenizer import Tokenizer
 from qwenlib.tokenizer.chat import encode_chat
+
+# On a CPU a larger batch stops paying long before its cache fills the memory.
+_CPU_CACHE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,17 @@ def answer_tasks(
     model, tokenizer: Tokenizer, tasks: Sequence[Task], *, max_new_tokens: int,
     temperature: float = 0.0, samples: int = 1, seed: int = 0, batch_size: int = 256,
 ) -> Answers:  # fmt: skip
-    """Ask each task `samples` times (temperature 0: greedily) and score the decoded answers."""
+    """Ask each task `samples` times (temperature 0: greedily) and score the decoded answers.
+
+    batch_size: most answers written at a time; fewer where, on a CPU, their cache would take more
+    than 2 GiB.
+    """
     tasks = list(tasks)
     prompts = [encode_chat(tokenizer, t.prompt, add_generation_prompt=True)[0] for t in tasks]
+    rows = _most_rows(model, prompts, max_new_tokens)
     generation = generate(
         model, prompts, max_new_tokens, temperature=temperature, samples=samples, seed=seed,
-        eos_ids=stop_ids(tokenizer), batch_size=batch_size,
+        eos_ids=stop_ids(tokenizer), batch_size=min(batch_size, rows),
     )  # fmt: skip
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generation.completions]
     # An answer cut at the limit is wrong even if its text happens to hold the right line.
@@ -72,6 +82,15 @@ def answer_tasks(
     return Answers(
         tasks, samples, prompts, generation.completions, texts, scores, generation.finished
     )
+
+
+def _most_rows(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or not prompts:
+        return sys.maxsize
+    tokens = max(map(len, prompts)) + max_new_tokens
+    row_bytes = tokens * kv_bytes_per_token(model.config, weight.element_size())
+    return max(1, int(_CPU_CACHE_BYTES // row_bytes))
 
 
 def pass_at_k(scores: Sequence[float], samples: int, k: int) -> float:

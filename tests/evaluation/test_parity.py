@@ -1,5 +1,7 @@
 """The parity check says yes for a right folder, and no for each thing that can differ."""
 
+import json
+
 import pytest
 import torch
 
@@ -42,6 +44,35 @@ def test_other_weights_show(folder, monkeypatch):
     got = parity.compare_with_transformers(folder, PROMPTS, new_tokens=6)
     assert got.logits_difference > 0.1 and not got.same_greedy
     assert got.same_ids and got.same_template
+
+
+def test_a_nan_shows(folder, monkeypatch):
+    real = parity.load_pretrained
+
+    def changed(*args, **options):
+        model = real(*args, **options)
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+        return model
+
+    monkeypatch.setattr(parity, "load_pretrained", changed)
+    assert not parity.compare_with_transformers(folder, PROMPTS[:1], 1).logits_difference < 1
+
+
+def test_the_folders_own_template_and_stops_count(folder, tmp_path, monkeypatch):
+    """A layout with another system text, padded with the token that ends a turn."""
+    plain = Tokenizer.from_pretrained(folder)
+    template = plain.chat_template.replace("You are Qwen, created by Alibaba Cloud.", "Be kind.")
+    keys = json.loads((folder / "tokenizer.json").read_text())
+    other = Tokenizer(keys, template, pad_token="<|im_end|>")
+    save_pretrained(parity.load_pretrained(folder), tmp_path, other)
+    stops, real = [], parity.generate
+    monkeypatch.setattr(
+        parity, "generate", lambda *a, eos_ids: stops.append(eos_ids) or real(*a, eos_ids=eos_ids)
+    )
+    got = parity.compare_with_transformers(tmp_path, PROMPTS, new_tokens=6)
+    assert got.same_template and got.same_greedy and got.same_ids
+    assert stops == [(other.eos_token_id, other.end_of_text_id)] * 2
 
 
 def test_other_ids_and_templates_show(folder, monkeypatch):

@@ -51,7 +51,7 @@ def test_right_wrong_and_cut_answers(monkeypatch):
     one, two = tasks()[:2]
     texts = [one.solution, "Answer: no", "x", two.solution, two.solution, ""]
     asked = fake(monkeypatch, texts, [True, True, True, True, False, True])
-    got = answer_tasks(None, tokenizer(), [one, two], max_new_tokens=9, samples=3)
+    got = answer_tasks(model(), tokenizer(), [one, two], max_new_tokens=9, samples=3)
     assert got.scores == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0], "an answer cut at the limit is wrong"
     assert got.accuracy == pytest.approx(1 / 3)
     assert got.by_family == {one.family: pytest.approx(1 / 3), two.family: pytest.approx(1 / 3)}
@@ -76,6 +76,18 @@ def test_a_real_model_is_asked_and_seeded():
     )
     assert one.completions == same.completions != other.completions
     assert len(one.completions) == 8 and len(one.prompts) == 4
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(2 * 2**30, 99), (2**16, 2), (1, 1)])
+def test_a_cpu_answers_as_many_at_a_time_as_their_cache_allows(monkeypatch, budget, rows):
+    """A token of this model's cache takes 2 * 8 * 4 bytes; 2**16 bytes hold 1,024 of them."""
+    asked = fake(monkeypatch, ["Answer: 1"] * 4, [True] * 4)
+    monkeypatch.setattr(room, "_CPU_CACHE_BYTES", budget)
+    longest = max(len(p) for p in answer_tasks(model(), tokenizer(), tasks(), max_new_tokens=1)
+                  .prompts)  # fmt: skip
+    asked.clear()
+    answer_tasks(model(), tokenizer(), tasks(), max_new_tokens=400 - longest, batch_size=99)
+    assert asked[0][1]["batch_size"] == rows
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
