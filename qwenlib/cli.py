@@ -134,15 +134,19 @@ def run(
     if dry_run:
         _print_plan(plan)
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     from qwenlib.batch import report
 
     try:
-        results = runner.execute(
-            plan,
-            runner.Progress(),
-            force,
-            lambda name: report.update(plan.run_dir, plan.graph, name),
-        )
+        # A stage's page is written while the next stage starts; the block waits for the last one.
+        with ThreadPoolExecutor(1) as writer:
+            results = runner.execute(
+                plan,
+                runner.Progress(),
+                force,
+                lambda name: writer.submit(report.update, plan.run_dir, plan.graph, name),
+            )
     except params.EnvironmentProblem as error:
         _stop(3, str(error), stages={})
     code = runner.exit_code(results)
