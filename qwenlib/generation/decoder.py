@@ -55,8 +55,9 @@ class Decoder:
         for layer, block in enumerate(self.blocks):
             x_ND = self._block(x_ND, block, layer, rope, bias_N1S)
         self.positions_N += 1
-        self.column += 1
-        if not self.fixed:
+        if self.fixed:
+            self.column += 1
+        else:
             self.cache.length += 1
         return kernels.linear(model.norm(x_ND), self.model.lm_head.weight)
 

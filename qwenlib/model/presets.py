@@ -55,18 +55,8 @@ MOE: dict[str, QwenConfig] = {
 
 
 def _teaching(layers, hidden, ffn, heads, kv_heads, vocab) -> QwenConfig:
-    return QwenConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        head_dim=64,
-        rope_theta=10_000.0,
-        tie_word_embeddings=True,
-    )
+    shape = _released(layers, hidden, ffn, heads, kv_heads, vocab, True, 4096, 1e-6)
+    return shape.replace(rope_theta=10_000.0)
 
 
 # Ours, named by parameters. Every dimension is a multiple of 64, so that tiles of a GPU fill; the
