@@ -5,6 +5,7 @@ Shapes: B prompts, N = B * samples rows, T time, S cache, V vocabulary.
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -56,16 +57,11 @@ def generate(
     out.logprobs.extend([] for _ in range(count if logprobs else 0))
     if not prompts:
         return out
-    uniform_NT = torch.rand(
-        (count, max_new_tokens if temperature > 0 else 1),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    uniform_NT = _uniforms(count, max_new_tokens, sampling, seed)
     # Prompts of like length together waste the least padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // samples)
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             numbers = [prompt * samples + s for prompt in chosen for s in range(samples)]
@@ -79,8 +75,6 @@ def generate(
                 out.finished[row] |= done
                 if logprobs:
                     out.logprobs[row] += scores
-    finally:
-        model.train(was_training)
     return out
 
 
@@ -92,21 +86,13 @@ def stream(
     """The tokens of `generate` for one prompt, each as soon as it is known."""
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
     _check(model, [prompt], max_new_tokens, 1, stop_strings, tokenizer)
-    uniform_NT = torch.rand(
-        (1, max_new_tokens if temperature > 0 else 1),
-        generator=torch.Generator().manual_seed(seed),
-    )
     batch = _Batch(
-        model, [prompt], 1, max_new_tokens, sampling, uniform_NT, eos_ids, stop_strings, tokenizer,
-        False,
+        model, [prompt], 1, max_new_tokens, sampling,
+        _uniforms(1, max_new_tokens, sampling, seed), eos_ids, stop_strings, tokenizer, False,
     )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         for _, tokens, _, _ in batch.run():
             yield from tokens
-    finally:
-        model.train(was_training)
 
 
 def stream_text(tokenizer, tokens: Iterable[int], hidden: Iterable[int] = ()) -> Iterator[str]:
@@ -122,6 +108,22 @@ def stream_text(tokenizer, tokens: Iterable[int], hidden: Iterable[int] = ()) ->
                 yield text
     if text := decoder.decode(b"", final=True):
         yield text
+
+
+def _uniforms(rows: int, steps: int, sampling: Sampling, seed: int) -> Tensor:
+    """A random number for each row and step (N, T); one column that nobody reads when greedy."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((rows, steps if sampling.temperature > 0 else 1), generator=generator)
+
+
+@contextmanager
+def _evaluating(model: Qwen) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _check(model, prompts, max_new_tokens, samples, stop_strings, tokenizer) -> None:
