@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from qwenlib.bench.models import transformers_twin, weight_bytes
 from qwenlib.generation import generate
-from qwenlib.model import KVCache, Qwen, QwenConfig
+from qwenlib.generation.decoder import begin
+from qwenlib.model import Qwen, QwenConfig
 
 
 class SkipCase(RuntimeError):
@@ -115,14 +116,17 @@ def decode(
 
 
 def prefill(device, dtype, *, model: Callable[..., Qwen], rows: int, tokens: int) -> Task:
-    """Fill a KV cache with whole prompts; logits of the last position."""
+    """Read whole prompts into a KV cache, as `generate` does; logits of the last position."""
     net = model(device=device, dtype=dtype)
-    twin, ids_BT = transformers_twin(net), _ids(net.config, rows, tokens, device)
+    ids_BT = _ids(net.config, rows, tokens, device)
+    real_BT = torch.ones_like(ids_BT)
 
     @torch.inference_mode()
     def ours() -> torch.Tensor:
-        cache = KVCache(net.config, rows, tokens, device, dtype)
-        return F.linear(net.hidden(ids_BT, cache=cache)[:, -1], net.lm_head.weight)
+        return begin(net, ids_BT, real_BT, samples=1, max_new_tokens=1)[1]
+
+    ours()  # may lay the weights out anew; the twin then shares them
+    twin = transformers_twin(net)
 
     @torch.inference_mode()
     def theirs() -> torch.Tensor:

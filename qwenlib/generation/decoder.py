@@ -9,10 +9,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenlib import kernels
+from qwenlib.kernels import native
 from qwenlib.model.rope import rope_tables
 from qwenlib.model.transformer import MLP, KVCache, Qwen
 
 _BUCKET = 256  # columns that the first graph reads; each next one reads twice as many
+# Prompts longer than this go through PyTorch: its attention takes many queries at a time.
+_NATIVE_PROMPT = 1024
+
+
+@torch.no_grad()
+def begin(
+    model: Qwen, input_BT: Tensor, real_BT: Tensor, samples: int, max_new_tokens: int
+) -> tuple["Decoder", Tensor]:
+    """Read left-padded prompts once for all their samples.
+
+    Returns a decoder over N = B * samples rows, those of a prompt side by side, with room for
+    max_new_tokens - 1 steps, and the logits (N, V) of each row's first new token.
+    """
+    B, T = input_BT.shape
+    device, dtype = input_BT.device, model.model.embed_tokens.weight.dtype
+    cache = KVCache(model.config, B, T, device, dtype)
+    rows_N = torch.arange(B, device=device).repeat_interleave(samples)
+    room = T + max_new_tokens
+    forward = native_forward(model, room)
+    if forward is not None and T <= _NATIVE_PROMPT:
+        row_M, column_M = real_BT.nonzero().unbind(1)
+        last_B = real_BT.sum(1).cumsum(0) - 1
+        logits_BV = forward(
+            input_BT[row_M, column_M], row_M.contiguous(), column_M.contiguous(),
+            T - real_BT.sum(1), last_B, cache.keys, cache.values,
+        )  # fmt: skip
+        cache.length = T
+    else:
+        padded = not bool(real_BT.all())
+        mask_BT = real_BT if padded else None
+        hidden_BTD = model.hidden(input_BT, attention_mask_BS=mask_BT, cache=cache)
+        logits_BV = kernels.linear(hidden_BTD[:, -1], model.lm_head.weight)
+    cache.reorder(rows_N, max_length=room)
+    real_NT = real_BT[rows_N]
+    if forward is not None:
+        decoder = NativeDecoder(model, cache, real_NT, forward)
+    elif device.type == "cuda":
+        decoder = GraphedDecoder(model, cache, real_NT)
+    else:
+        decoder = Decoder(model, cache, real_NT)
+    return decoder, logits_BV[rows_N]
 
 
 class Decoder:
@@ -143,6 +185,47 @@ class GraphedDecoder(Decoder):
         # What the trials wrote into the cache lies at columns that the real steps write again.
         self.positions_N.copy_(before[0])
         self.column.copy_(before[1])
+
+
+def native_forward(model: Qwen, columns: int) -> native.Forward | None:
+    """The model as compiled code for positions below `columns`; None where there is none for it.
+
+    There is for dense models in fp32 on a CPU, whose heads fill vector registers.
+    """
+    config = model.config
+    if config.moe is not None or not native.can_run(list(model.parameters()), config.head_dim):
+        return None
+    positions_1S = torch.arange(columns)[None]
+    cos, sin = rope_tables(positions_1S, model.rope_frequencies, model.rope_factor, torch.float32)
+    blocks = [_Weights(block) for block in model.model.layers]
+    return native.Forward(
+        [(b.norm_1, b.qkv, b.qkv_bias, b.out, b.norm_2, b.gate_up, b.down) for b in blocks],
+        model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight,
+        cos[0].contiguous(), sin[0].contiguous(), config.num_key_value_heads, config.rms_norm_eps,
+    )  # fmt: skip
+
+
+class NativeDecoder:
+    """`Decoder` in one call of compiled code a step."""
+
+    def __init__(self, model: Qwen, cache: KVCache, real_NS: Tensor, forward: native.Forward):
+        self.cache, self.forward = cache, forward
+        self.first_N = cache.length - real_NS.sum(1)
+        self.rows_N = torch.arange(len(real_NS))
+
+    def step(self, tokens_N: Tensor) -> Tensor:
+        cache, rows_N = self.cache, self.rows_N
+        if cache.length >= cache.max_length:
+            raise ValueError(f"KV cache holds {cache.max_length} tokens, {cache.length + 1} needed")
+        column_N = torch.full_like(rows_N, cache.length)
+        cache.length += 1
+        return self.forward(
+            tokens_N, rows_N, column_N, self.first_N, rows_N, cache.keys, cache.values
+        )
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.reorder(rows)
+        self.first_N, self.rows_N = self.first_N[rows], torch.arange(len(rows))
 
 
 class _Weights:

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwenlib import kernels
-from qwenlib.generation.decoder import Decoder, GraphedDecoder
+from qwenlib.generation.decoder import begin
 from qwenlib.generation.sampling import Sampling, choose, penalise
-from qwenlib.model.transformer import KVCache, Qwen
+from qwenlib.model.transformer import Qwen
 
 # Steps between two looks at which rows have stopped. Looking makes the host wait for a GPU.
 _LOOK_CPU, _LOOK_GPU = 1, 16
@@ -204,27 +203,18 @@ class _Batch:
         for i, prompt in enumerate(self.prompts):
             input_BT[i, width - len(prompt) :] = torch.tensor(prompt)
             real_BT[i, width - len(prompt) :] = 1
-        padded = bool((real_BT == 0).any())
         input_BT, real_BT = input_BT.to(self.device), real_BT.to(self.device)
-        model = self.model
-        dtype = model.model.embed_tokens.weight.dtype
-        cache = KVCache(model.config, len(self.prompts), width, self.device, dtype)
-        hidden_BTD = model.hidden(
-            input_BT, attention_mask_BS=real_BT if padded else None, cache=cache
+        self.decoder, logits_NV = begin(
+            self.model, input_BT, real_BT, self.samples, self.max_new_tokens
         )
-        rows_N = torch.arange(len(self.prompts), device=self.device)
-        rows_N = rows_N.repeat_interleave(self.samples)
-        cache.reorder(rows_N, max_length=width + self.max_new_tokens)
-        decoder = GraphedDecoder if self.graphs else Decoder
-        self.decoder = decoder(model, cache, real_BT[rows_N])
         self.seen_NV = None
         if self.sampling.repetition_penalty != 1:
-            shape = (len(self.prompts), model.config.vocab_size)
+            shape = (len(self.prompts), self.model.config.vocab_size)
             seen_BV = torch.zeros(shape, dtype=torch.bool, device=self.device)
             # Padding points at its row's last token, which is seen anyway.
             seen_BV.scatter_(1, torch.where(real_BT.bool(), input_BT, input_BT[:, -1:]), True)
-            self.seen_NV = seen_BV[rows_N]
-        return kernels.linear(hidden_BTD[:, -1], model.lm_head.weight)[rows_N]
+            self.seen_NV = seen_BV.repeat_interleave(self.samples, dim=0)
+        return logits_NV
 
     def _choose(self, logits_NV: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         sampling, plain_NV = self.sampling, logits_NV

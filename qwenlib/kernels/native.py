@@ -1,0 +1,186 @@
+"""`native.c` compiled for the machine at hand and called through ctypes.
+
+The first use on a machine runs its C compiler (two seconds) and keeps the library in the cache.
+Without a compiler, or with QWENLIB_NATIVE=0, `library()` is None and callers take PyTorch's way.
+
+Shapes: T tokens, N rows, W wanted tokens, G key/value heads, K head dim, S cache, V vocabulary.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwenlib import assets
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_BLOCK, _LANES = 32, 16  # as in the C file; LANES of the widest registers
+_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
+# Compilers differ in what they know; the first set that works is taken. Without OpenMP: one thread.
+_CHOICES = (
+    ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",),
+    ("-march=native",), ("-mcpu=native",), (),
+)  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "norm_1", "qkv", "qkv_bias", "out", "norm_2", "gate_up", "down", "keys", "values"
+        )
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "layers", "hidden", "heads", "groups", "head_dim", "ffn", "vocabulary", "columns"
+            )
+        ),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "cos", "sin")),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "wanted", "threads", "own_size")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "ids", "row", "column", "first", "want", "logits", "x", "qkv", "mixed", "hidden",
+                "own",
+            )
+        ),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled file; None without a C compiler. Compiled once for each source and machine."""
+    if os.environ.get("QWENLIB_NATIVE") == "0":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"{_SOURCE.name} could not be compiled, PyTorch stands in: {error}", stacklevel=2
+        )
+        return None
+    loaded.qwen_forward.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Call)]
+    loaded.qwen_forward.restype = None
+    return loaded
+
+
+def _compiled(compiler: str) -> Path:
+    """The library for this processor and source, from the cache or newly made."""
+    processor = platform.processor() + platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        processor += "".join(sorted({x for x in lines if x.startswith(("flags", "Features"))}))
+    key = hashlib.sha256("\n".join((_SOURCE.read_text(), compiler, processor)).encode())
+    target = assets.cache_dir() / "native" / f"{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "native.so"
+        for choice in _CHOICES:
+            command = [compiler, *_FLAGS, *choice, str(_SOURCE), "-o", str(made), "-lm"]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if run.returncode == 0:
+                os.replace(made, target)  # whole or not at all, whoever else compiles
+                return target
+    raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
+
+
+def can_run(tensors: Sequence[Tensor], head_dim: int) -> bool:
+    """Whether `Forward` takes a model of these parameters, on this machine."""
+    plain = all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+    return plain and head_dim % _LANES == 0 and library() is not None
+
+
+class Forward:
+    """A dense model's forward pass over any tokens of a batch, each appended to its row's cache.
+
+    layers: for each layer norm_1, qkv and its bias, out, norm_2, gate_up, down; qkv and gate_up
+    are the stacked matrices. cos_SK, sin_SK: tables of `model.rope.rope_tables` for positions 0 to
+    S - 1. The tensors are read where they lie; they must stay there as long as this object is used.
+    """
+
+    def __init__(
+        self, layers: Sequence[Sequence[Tensor]], embedding_VD: Tensor, norm_D: Tensor,
+        head_VD: Tensor, cos_SK: Tensor, sin_SK: Tensor, groups: int, eps: float,
+    ):  # fmt: skip
+        K = cos_SK.shape[1]
+        out_DX, down_DF = layers[0][3], layers[0][6]
+        self.kept = layers, embedding_VD, norm_D, head_VD, cos_SK, sin_SK
+        self.layer = (_Layer * len(layers))()
+        for place, tensors in zip(self.layer, layers):
+            for (name, _), tensor in zip(_Layer._fields_, tensors):
+                setattr(place, name, tensor.data_ptr())
+        self.model = _Model(
+            layers=len(layers), hidden=embedding_VD.shape[1], heads=out_DX.shape[1] // K,
+            groups=groups, head_dim=K, ffn=down_DF.shape[1], vocabulary=head_VD.shape[0],
+            eps=eps, scale=K**-0.5, embedding=embedding_VD.data_ptr(), norm=norm_D.data_ptr(),
+            head=head_VD.data_ptr(), cos=cos_SK.data_ptr(), sin=sin_SK.data_ptr(),
+            layer=self.layer,
+        )  # fmt: skip
+        self.room: Tensor | None = None
+
+    def __call__(
+        self, ids_T: Tensor, row_T: Tensor, column_T: Tensor, first_N: Tensor, want_W: Tensor,
+        keys: Sequence[Tensor], values: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Logits (W, V) of the tokens numbered want_W.
+
+        row_T, column_T: each token's row and column of the cache. first_N: the column of each row's
+        first real token; a token's position is its distance from it. keys, values: the cache of
+        each layer, (N, G, S, K), written in place. All integers int64.
+        """
+        model, T, W = self.model, len(ids_T), len(want_W)
+        model.columns = keys[0].shape[2]
+        for place, k_NGSK, v_NGSK in zip(self.layer, keys, values):
+            place.keys, place.values = k_NGSK.data_ptr(), v_NGSK.data_ptr()
+        threads, columns = torch.get_num_threads(), -(-T // _BLOCK) * _BLOCK
+        width = (model.heads + 2 * model.groups) * model.head_dim
+        own = max(_BLOCK * model.hidden, model.columns + _LANES)
+        sizes = (
+            columns * model.hidden, columns * width, columns * model.heads * model.head_dim,
+            columns * model.ffn, threads * own,
+        )  # fmt: skip
+        if self.room is None or self.room.numel() < sum(sizes):
+            self.room = torch.empty(sum(sizes))
+        x, qkv, mixed, hidden, own_room = (
+            part.data_ptr() for part in self.room[: sum(sizes)].split(sizes)
+        )
+        logits_WV = torch.empty(W, model.vocabulary)
+        call = _Call(
+            tokens=T, wanted=W, threads=threads, own_size=own, ids=ids_T.data_ptr(),
+            row=row_T.data_ptr(), column=column_T.data_ptr(), first=first_N.data_ptr(),
+            want=want_W.data_ptr(), logits=logits_WV.data_ptr(), x=x, qkv=qkv, mixed=mixed,
+            hidden=hidden, own=own_room,
+        )  # fmt: skip
+        library().qwen_forward(ctypes.byref(model), ctypes.byref(call))
+        return logits_WV
