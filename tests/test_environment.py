@@ -112,9 +112,13 @@ def test_library_imports_only_declared_packages():
     assert faults == []
 
 
-def test_console_script_and_profiles_are_packaged():
+def test_console_script_and_all_files_are_packaged():
+    """A file that is no module is in the wheel only if a pattern names it: C sources, profiles."""
     assert PROJECT["scripts"] == {"qwenlib": "qwenlib.cli:main"}
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    assert tool["setuptools"]["package-data"]["qwenlib"] == ["profiles/*.toml"]
-    profiles = list((ROOT / "qwenlib" / "profiles").glob("*.toml"))
-    assert profiles, "no profile to package"
+    package = ROOT / "qwenlib"
+    (patterns,) = tool["setuptools"]["package-data"].values()
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {"native.c", "06_pretraining.toml"} <= {path.name for path in packaged}
+    data = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert sorted(data - packaged) == []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qwenlib import kernels
 from qwenlib.bench.models import transformers_twin, weight_bytes
 from qwenlib.generation import generate
 from qwenlib.generation.decoder import begin
@@ -152,23 +153,34 @@ def forward(device, dtype, *, model: Callable[..., Qwen], rows: int, tokens: int
 
 
 def train(device, dtype, *, model: Callable[..., Qwen], rows: int, tokens: int) -> Task:
-    """Cross-entropy over whole logits, forward and backward; the loss and every gradient."""
+    """The mean cross-entropy, forward and backward; the loss and every gradient.
+
+    Ours is `kernels.linear_cross_entropy`, as in training; transformers' takes whole logits.
+    """
     net = model(device=device, dtype=dtype).train()
     twin, ids_BT = transformers_twin(net), _ids(net.config, rows, tokens + 1, device)
-    inputs_BT, labels_BT = ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous()
+    inputs_BT, labels_M = ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].flatten()
 
-    def step(module, logits_of) -> dict[str, torch.Tensor]:
+    def step(module, loss_of) -> dict[str, torch.Tensor]:
         module.zero_grad(set_to_none=True)
-        logits_BTV = logits_of(inputs_BT)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten())
+        loss = loss_of()
         loss.backward()
         return {"loss": loss.detach(), **{n: p.grad for n, p in module.named_parameters()}}
 
+    def our_loss() -> torch.Tensor:
+        x_MD = net.hidden(inputs_BT).flatten(0, 1)
+        loss_sum, _ = kernels.linear_cross_entropy(x_MD, net.lm_head.weight, labels_M)
+        return loss_sum / len(labels_M)
+
+    def their_loss() -> torch.Tensor:
+        logits_BTV = twin(inputs_BT, use_cache=False).logits
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_M)
+
     def ours() -> dict[str, torch.Tensor]:
-        return step(net, net)
+        return step(net, our_loss)
 
     def theirs() -> dict[str, torch.Tensor]:
-        return step(twin, lambda ids_BT: twin(ids_BT, use_cache=False).logits)
+        return step(twin, their_loss)
 
     return Task(ours, _by_experts(twin, theirs), rows * tokens, gradients_differ)
 

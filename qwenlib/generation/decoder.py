@@ -21,7 +21,7 @@ _NATIVE_PROMPT = 1024
 @torch.no_grad()
 def begin(
     model: Qwen, input_BT: Tensor, real_BT: Tensor, samples: int, max_new_tokens: int
-) -> tuple["Decoder", Tensor]:
+) -> tuple["Decoder | NativeDecoder", Tensor]:
     """Read left-padded prompts once for all their samples.
 
     Returns a decoder over N = B * samples rows, those of a prompt side by side, with room for

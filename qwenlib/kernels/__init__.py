@@ -4,6 +4,7 @@ Every operation has a reference in PyTorch (`reference.py`) that defines it and 
 """
 
 from qwenlib.kernels.cpu import linear
+from qwenlib.kernels.cross_entropy import linear_cross_entropy
 from qwenlib.kernels.grouped import expert_ffn
 from qwenlib.kernels.reference import apply_rope, attention, decode_attention, rms_norm, swiglu
 
@@ -13,6 +14,7 @@ __all__ = [
     "decode_attention",
     "expert_ffn",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "swiglu",
 ]

@@ -7,41 +7,37 @@
  * keeps it) multiplies single weights by such vectors. No weight is copied or reordered.
  *
  * Any number of tokens of any rows may stand in one call: a prompt, or one new token of each row.
- * All of them write their keys and values before any of them looks.
+ * All of them write their keys and values before any of them looks. The last block is filled up
+ * with columns that belong to no token: they are computed along and nothing reads them.
+ *
+ * Every number is made by one thread, in an order that depends on the model's sizes alone: neither
+ * the number of threads nor the other tokens of the call change a bit of it.
  *
  * Shapes: T tokens, N rows, D hidden, H query heads, G key/value heads, K head dim, S columns of
  * the cache, F ffn, V vocabulary.
  */
 
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#if defined(__AVX512F__)
-#define LANES 16
+#if LANES == 16
 #define ROWS 12 /* 12 rows x 2 vectors of sums, of 32 registers */
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 3 /* 3 x 4, of 16 registers */
 #else
-#define LANES 4
-#define ROWS 3 /* 3 x 8, of 32 registers */
+#define ROWS 3 /* 3 x 4 of 16 registers; 3 x 8 of 32 */
 #endif
 #define BLOCK 32
 #define VECTORS (BLOCK / LANES)
 #define COLUMNS(left) (int)((left) < BLOCK ? (left) : BLOCK)
+#ifdef _OPENMP
 #define BARRIER _Pragma("omp barrier")
+#else
+#define BARRIER
+#endif
 /* Rows of a matrix in panels of ROWS, dealt out to the threads. */
 #define EACH_PANEL(end) \
     for (int64_t f = (int64_t)thread * ROWS; f < (end); f += (int64_t)threads * ROWS)
-#define inlined static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef float quad __attribute__((vector_size(16), aligned(4)));
-typedef float octet __attribute__((vector_size(32), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 typedef struct {
     const float *norm_1, *qkv, *qkv_bias, *out, *norm_2, *gate_up, *down;
@@ -66,48 +62,9 @@ typedef struct {
 } Call;
 
 inlined int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inlined vec load(const float *at) { return *(const vec *)at; }
-inlined void store(float *at, vec value) { *(vec *)at = value; }
-inlined vec all(float value) { return value - (vec){0}; }
-inlined vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
-inlined vec larger(vec a, vec b) { return choose(a > b, a, b); }
-inlined vec smaller(vec a, vec b) { return choose(a < b, a, b); }
 
-/* e^x = 2^n e^r with |r| <= ln 2 / 2; eight terms of the series leave 1e-8. */
-inlined vec exponential(vec x) {
-    x = smaller(larger(x, all(-87.0f)), all(88.0f));
-    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23 rounds to a whole number */
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec sum = all(1.0f / 5040);
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    return sum * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
-}
-
-inlined float total(vec value) {
-#if LANES == 16
-    octet half[2];
-    memcpy(half, &value, sizeof value);
-    half[0] += half[1];
-    quad part[2];
-    memcpy(part, half, sizeof part);
-    const quad four = part[0] + part[1];
-#elif LANES == 8
-    quad part[2];
-    memcpy(part, &value, sizeof value);
-    const quad four = part[0] + part[1];
-#else
-    const quad four = value;
-#endif
-    return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
-/* sums[r][v] = row r of the panel times the block's columns; the first `vectors` of each alone. */
+/* sums[r][v] = row r of the panel times the block's columns, the first `vectors` of them; the other
+ * sums are zero. Meanwhile the panel `next` is fetched from memory. */
 inlined void product(
     const float *panel, const float *next, const float *x, int64_t size, int vectors,
     vec sums[ROWS][VECTORS]
@@ -136,20 +93,23 @@ inlined void product(
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; v++) sums[r][v] = acc[r][v];
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = v < vectors ? acc[r][v] : all(0);
 }
 
-/* Sums of ROWS rows of the matrix from `first`; returns how many of them are rows before it.
- * The last panel begins earlier, so that it is whole. */
+/* Sums of ROWS rows of a matrix of `end` >= ROWS rows from `first`; returns how many of them are
+ * rows before it: the last panel begins earlier, so that it is whole. */
 static int panel_product(
     const float *weight, int64_t first, int64_t end, const float *x, int64_t size, int columns,
-    vec sums[ROWS][VECTORS]
+    int threads, vec sums[ROWS][VECTORS]
 ) {
-    const int64_t begin = first + ROWS <= end ? first : end - ROWS;
+    const int64_t begin = least(first, end - ROWS);
+    const float *panel = weight + begin * size;
+    /* This thread's next one. */
+    const float *next = weight + least(first + (int64_t)threads * ROWS, end - ROWS) * size;
     if (columns > BLOCK / 2)
-        product(weight + begin * size, weight + (begin + 24) * size, x, size, VECTORS, sums);
+        product(panel, next, x, size, VECTORS, sums);
     else
-        product(weight + begin * size, weight + (begin + 24) * size, x, size, VECTORS / 2, sums);
+        product(panel, next, x, size, VECTORS / 2, sums);
     return (int)(first - begin);
 }
 
@@ -210,11 +170,10 @@ inlined void attend_of(
     for (int64_t s = count; s < end; s++) weights[s] = -__builtin_inff();
     vec most = load(weights), mass = all(0);
     for (int64_t s = LANES; s < end; s += LANES) most = larger(most, load(weights + s));
-    float top = most[0];
-    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    const float top = largest(most);
     for (int64_t s = 0; s < end; s += LANES) {
         const vec score = load(weights + s);
-        const vec weight = choose(score > -__builtin_inff(), exponential(score - top), all(0));
+        const vec weight = choose(score == -__builtin_inff(), all(0), exponential(score - top));
         store(weights + s, weight);
         mass += weight;
     }
@@ -252,12 +211,12 @@ static void add_product(
     const float *weight, const float *y, int64_t size, float *x, const Model *m, const Call *c,
     int thread, int threads
 ) {
-    vec sums[ROWS][VECTORS] = {0};
+    vec sums[ROWS][VECTORS];
     for (int64_t b = 0; b * BLOCK < c->tokens; b++)
         EACH_PANEL(m->hidden) {
             const int skip = panel_product(
                 weight, f, m->hidden, y + b * size * BLOCK, size, COLUMNS(c->tokens - b * BLOCK),
-                sums
+                threads, sums
             );
             for (int r = skip; r < ROWS; r++)
                 for (int v = 0; v < VECTORS; v++) {
@@ -277,7 +236,7 @@ static void layer_of(const Model *m, const Layer *l, const Call *c, int thread, 
         rms_norm(c->x + b * D * BLOCK, l->norm_1, D, m->eps, own);
         EACH_PANEL(width) {
             const int columns = COLUMNS(T - b * BLOCK);
-            const int skip = panel_product(l->qkv, f, width, own, D, columns, sums);
+            const int skip = panel_product(l->qkv, f, width, own, D, columns, threads, sums);
             const int64_t from = f - skip;
             store_rows(
                 sums, skip, columns, l->qkv_bias + from, c->qkv + b * BLOCK * width + from, width
@@ -311,10 +270,11 @@ static void layer_of(const Model *m, const Layer *l, const Call *c, int thread, 
     for (int64_t b = 0; b < blocks; b++) {
         rms_norm(c->x + b * D * BLOCK, l->norm_2, D, m->eps, own);
         EACH_PANEL(F) {
-            vec gate[ROWS][VECTORS] = {0};
+            vec gate[ROWS][VECTORS];
             const int columns = COLUMNS(T - b * BLOCK);
-            panel_product(l->gate_up, f, F, own, D, columns, gate);
-            const int skip = panel_product(l->gate_up + F * D, f, F, own, D, columns, sums);
+            const float *up = l->gate_up + F * D;
+            panel_product(l->gate_up, f, F, own, D, columns, threads, gate);
+            const int skip = panel_product(up, f, F, own, D, columns, threads, sums);
             for (int r = skip; r < ROWS; r++)
                 for (int v = 0; v < VECTORS; v++)
                     store(
@@ -330,10 +290,8 @@ static void layer_of(const Model *m, const Layer *l, const Call *c, int thread, 
 
 void qwen_forward(const Model *m, const Call *c) {
     const int64_t D = m->hidden, T = c->tokens, V = m->vocabulary;
-    int wanted = 1;
 #ifdef _OPENMP
-    wanted = (int)c->threads;
-#pragma omp parallel num_threads(wanted)
+#pragma omp parallel num_threads((int)c->threads)
 #endif
     {
         int thread = 0, threads = 1;
@@ -360,7 +318,7 @@ void qwen_forward(const Model *m, const Call *c) {
             }
             rms_norm(own, m->norm, D, m->eps, own);
             EACH_PANEL(V) {
-                const int skip = panel_product(m->head, f, V, own, D, columns, sums);
+                const int skip = panel_product(m->head, f, V, own, D, columns, threads, sums);
                 store_rows(sums, skip, columns, 0, c->logits + first * V + f - skip, V);
             }
         }

@@ -1,36 +1,19 @@
 """`native.c` compiled for the machine at hand and called through ctypes.
 
-The first use on a machine runs its C compiler (two seconds) and keeps the library in the cache.
-Without a compiler, or with QWENLIB_NATIVE=0, `library()` is None and callers take PyTorch's way.
-
 Shapes: T tokens, N rows, W wanted tokens, G key/value heads, K head dim, S cache, V vocabulary.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qwenlib import assets
+from qwenlib.kernels.build import compiled
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_BLOCK, _LANES = 32, 16  # as in the C file; LANES of the widest registers
-_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
-# Compilers differ in what they know; the first set that works is taken. Without OpenMP: one thread.
-_CHOICES = (
-    ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",),
-    ("-march=native",), ("-mcpu=native",), (),
-)  # fmt: skip
+_BLOCK, _LANES, _ROWS = 32, 16, 12  # as in the C file, for the widest registers
 
 
 class _Layer(ctypes.Structure):
@@ -70,47 +53,13 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled file; None without a C compiler. Compiled once for each source and machine."""
-    if os.environ.get("QWENLIB_NATIVE") == "0":
-        return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            f"{_SOURCE.name} could not be compiled, PyTorch stands in: {error}", stacklevel=2
-        )
-        return None
-    loaded.qwen_forward.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Call)]
-    loaded.qwen_forward.restype = None
+    """The compiled file; None without a C compiler."""
+    loaded = compiled(_SOURCE)
+    if loaded is not None:
+        loaded.qwen_forward.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Call)]
+        loaded.qwen_forward.restype = None
     return loaded
-
-
-def _compiled(compiler: str) -> Path:
-    """The library for this processor and source, from the cache or newly made."""
-    processor = platform.processor() + platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        processor += "".join(sorted({x for x in lines if x.startswith(("flags", "Features"))}))
-    key = hashlib.sha256("\n".join((_SOURCE.read_text(), compiler, processor)).encode())
-    target = assets.cache_dir() / "native" / f"{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "native.so"
-        for choice in _CHOICES:
-            command = [compiler, *_FLAGS, *choice, str(_SOURCE), "-o", str(made), "-lm"]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if run.returncode == 0:
-                os.replace(made, target)  # whole or not at all, whoever else compiles
-                return target
-    raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
 
 
 def can_run(tensors: Sequence[Tensor], head_dim: int) -> bool:
@@ -118,7 +67,8 @@ def can_run(tensors: Sequence[Tensor], head_dim: int) -> bool:
     plain = all(
         t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
     )
-    return plain and head_dim % _LANES == 0 and library() is not None
+    whole = all(len(t) >= _ROWS for t in tensors if t.dim() == 2) and head_dim % _LANES == 0
+    return plain and whole and library() is not None
 
 
 class Forward:
@@ -157,9 +107,18 @@ class Forward:
 
         row_T, column_T: each token's row and column of the cache. first_N: the column of each row's
         first real token; a token's position is its distance from it. keys, values: the cache of
-        each layer, (N, G, S, K), written in place. All integers int64.
+        each layer, (N, G, S, K) in fp32, contiguous, written in place. Raises IndexError for a
+        token outside the vocabulary.
         """
+        ids_T, row_T, column_T, first_N, want_W = (
+            t.long().contiguous() for t in (ids_T, row_T, column_T, first_N, want_W)
+        )
         model, T, W = self.model, len(ids_T), len(want_W)
+        ids = ids_T.tolist()
+        if min(ids) < 0 or max(ids) >= model.vocabulary:
+            raise IndexError(
+                f"a token is outside 0 to {model.vocabulary - 1}, the embedding's rows"
+            )
         model.columns = keys[0].shape[2]
         for place, k_NGSK, v_NGSK in zip(self.layer, keys, values):
             place.keys, place.values = k_NGSK.data_ptr(), v_NGSK.data_ptr()
@@ -170,8 +129,10 @@ class Forward:
             columns * model.hidden, columns * width, columns * model.heads * model.head_dim,
             columns * model.ffn, threads * own,
         )  # fmt: skip
-        if self.room is None or self.room.numel() < sum(sizes):
-            self.room = torch.empty(sum(sizes))
+        # Kept between steps, but not a long prompt's. Zeros: what happens to lie there may be slow
+        # to compute with.
+        if self.room is None or not sum(sizes) <= self.room.numel() <= 8 * sum(sizes):
+            self.room = torch.zeros(sum(sizes))
         x, qkv, mixed, hidden, own_room = (
             part.data_ptr() for part in self.room[: sum(sizes)].split(sizes)
         )

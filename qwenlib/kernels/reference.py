@@ -4,6 +4,8 @@ Shapes: B batch, T query time, S key time, H query heads, G key/value heads, K h
 F ffn, N tokens, E experts, C chosen experts of a token.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,14 +53,15 @@ def attention(
             return attention(q_BTHK.float(), k_BSGK.float(), v_BSGK.float(), mask_B1TS)
     groups = q_BTHK.shape[2] // k_BSGK.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    if groups > 1:
+    copied = groups > 1 and q.device.type != "cpu"  # a GPU's kernel with a mask knows no groups
+    if copied:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    attend = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=not copied)
     if mask_B1TS is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        out = attend(is_causal=q.shape[2] > 1)
     else:
         blind_B1T1 = ~mask_B1TS.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS | blind_B1T1)
-        out = out.masked_fill(blind_B1T1, 0.0)
+        out = attend(attn_mask=mask_B1TS | blind_B1T1).masked_fill(blind_B1T1, 0.0)
     return out.transpose(1, 2)
 
 

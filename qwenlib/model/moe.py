@@ -4,6 +4,7 @@ Shapes: N tokens, E experts, C chosen experts of a token, D hidden, U width of a
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,16 +24,20 @@ def recorded_router(model: Qwen) -> Iterator[list[Tensor]]:
             loss = cross_entropy(model(ids))
             loss = loss + coefficient * load_balancing_loss(logits, top_k)
 
-    They carry gradients. Raises ValueError when the model has no MoE layer.
+    They carry gradients, and are those of the calling thread alone. Raises ValueError when the
+    model has no MoE layer.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError("this model has no mixture-of-experts layer to record")
     seen: list[Tensor] = []
-    hooks = [
-        layer.gate.register_forward_hook(lambda module, inputs, out: seen.append(out))
-        for layer in layers
-    ]
+    caller = threading.get_ident()
+
+    def record(module, inputs, out_NE):
+        if threading.get_ident() == caller:
+            seen.append(out_NE)
+
+    hooks = [layer.gate.register_forward_hook(record) for layer in layers]
     try:
         yield seen
     finally:

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qwenlib.machine import fast_bfloat16
+from qwenlib.training.gradients import Gradients
 from qwenlib.training.optim import adamw
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import SCHEDULES, learning_rate_at
@@ -40,6 +41,7 @@ class TrainConfig:
     eval_every: int = 0  # 0: only at the end
     save_every: int = 0  # 0: no resume state
     autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
+    workers: int = 0  # micro-batches at once on a CPU (see `Gradients`); 0: as many as threads
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -129,35 +131,36 @@ def train(
         mininterval=2.0, file=sys.stdout, ascii=True, ncols=78,
         disable=not show_progress,
     )  # fmt: skip
-    for step in bar:
-        model.train()
-        lr = learning_rate_at(
-            step, config.max_steps, config.learning_rate,
-            max(1, round(config.warmup_share * config.max_steps)), config.schedule,
-            config.min_lr_ratio,
-        )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        row = _step(model, batches(step), loss_fn, optimizer, parameters, config, step)
-        row |= {"step": step + 1, "lr": lr, "seconds": time.perf_counter() - started}
-        result.history.append(row)
-        bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-        if log:
-            log({key: value for key, value in row.items() if key != "step"}, step + 1)
-        last = step + 1 == config.max_steps
-        if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-            scores = evaluate(model)
-            result.evaluations.append({"step": step + 1, **scores})
+    with Gradients(parameters, config.autocast, config.workers) as gradients:
+        for step in bar:
+            model.train()
+            lr = learning_rate_at(
+                step, config.max_steps, config.learning_rate,
+                max(1, round(config.warmup_share * config.max_steps)), config.schedule,
+                config.min_lr_ratio,
+            )  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            row = _step(model, batches(step), loss_fn, optimizer, gradients, config, step)
+            row |= {"step": step + 1, "lr": lr, "seconds": time.perf_counter() - started}
+            result.history.append(row)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
             if log:
-                log({f"eval/{key}": value for key, value in scores.items()}, step + 1)
-        if state_dir and not last and (step + 1) % config.save_every == 0:
-            extra = {
-                "history": result.history,
-                "evaluations": result.evaluations,
-                "seconds": time.perf_counter() - started,
-                "config": dataclasses.asdict(config),
-            }
-            save_state(state_dir, step + 1, model, optimizer, extra)
+                log({key: value for key, value in row.items() if key != "step"}, step + 1)
+            last = step + 1 == config.max_steps
+            if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                scores = evaluate(model)
+                result.evaluations.append({"step": step + 1, **scores})
+                if log:
+                    log({f"eval/{key}": value for key, value in scores.items()}, step + 1)
+            if state_dir and not last and (step + 1) % config.save_every == 0:
+                extra = {
+                    "history": result.history,
+                    "evaluations": result.evaluations,
+                    "seconds": time.perf_counter() - started,
+                    "config": dataclasses.asdict(config),
+                }
+                save_state(state_dir, step + 1, model, optimizer, extra)
     result.seconds = time.perf_counter() - started
     model.eval()
     return result
@@ -168,17 +171,10 @@ def clear_state(out_dir: str | Path) -> None:
     shutil.rmtree(Path(out_dir) / "state", ignore_errors=True)
 
 
-def _step(model, micro_batches, loss_fn, optimizer, parameters, config, step) -> dict[str, float]:
+def _step(model, micro_batches, loss_fn, optimizer, gradients, config, step) -> dict[str, float]:
     """One optimiser step; the denominator is the count over all micro-batches."""
-    device = parameters[0].device
-    total, count, sums = 0.0, 0, {}
-    for batch in micro_batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
-            loss_sum, n, stats = loss_fn(model, batch)
-        loss_sum.backward()
-        total, count = total + float(loss_sum.detach()), count + float(n)
-        for key, value in stats.items():
-            sums[key] = sums.get(key, 0.0) + float(value) * float(n)
+    parameters = gradients.parameters
+    total, count, sums = gradients(model, micro_batches, loss_fn)
     if count > 0:
         for parameter in parameters:
             if parameter.grad is not None:
@@ -199,6 +195,7 @@ def _step(model, micro_batches, loss_fn, optimizer, parameters, config, step) ->
 
 def _check_same(config: TrainConfig, saved: dict, state_dir: Path) -> None:
     now = dataclasses.asdict(config)
+    now.pop("workers")  # changes the time alone
     changed = sorted(key for key in now if now[key] != saved.get(key))
     if changed:
         raise ValueError(

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from qwenlib import kernels
 
 IGNORED = -100
 
@@ -25,10 +26,9 @@ def next_token_loss(model, batch) -> tuple[Tensor, Tensor, dict]:
     x_BTD = model.hidden(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT)
     has_target_BT = batch.labels_BT[:, 1:] != IGNORED
     targets_M = batch.labels_BT[:, 1:][has_target_BT]
-    logits_MV = model.lm_head(x_BTD[:, :-1][has_target_BT]).float()
-    loss_sum = F.cross_entropy(logits_MV, targets_M, reduction="sum")
+    x_MD = x_BTD[:, :-1][has_target_BT]
+    loss_sum, correct = kernels.linear_cross_entropy(x_MD, model.lm_head.weight, targets_M)
     count = has_target_BT.sum()
-    correct = (logits_MV.detach().argmax(-1) == targets_M).sum()
     return loss_sum, count, {"token_accuracy": correct / count.clamp(min=1)}
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from qwenlib import kernels
-from qwenlib.evaluation.verify import redraw, transformers_twin
+from qwenlib.evaluation.verify import drawn_pair, redraw
 from qwenlib.kernels import grouped, reference
 from qwenlib.model import MoEConfig, Qwen, QwenConfig
 from qwenlib.model.checkpoint import stored_tensors
@@ -41,7 +41,7 @@ def tokens(rows=2, seed=1):
 @pytest.mark.parametrize("moe", [{}, {"norm_topk_prob": True}, {"decoder_sparse_step": 2}])
 def test_experts_equal_transformers(moe):
     """Logits and every gradient, with all parameters redrawn."""
-    model, theirs = transformers_twin(config(**moe))
+    model, theirs = drawn_pair(config(**moe))
     ids = tokens()
     ours, want = model(ids), theirs(ids).logits
     torch.testing.assert_close(ours, want, atol=2e-5, rtol=2e-5)

@@ -5,10 +5,13 @@ import pytest
 from tests.mutations.harness import Mutation, assert_caught
 
 LOOP, RESUME = "qwenlib.training.loop", "qwenlib.training.resume"
+GRADIENTS, HEAD = "qwenlib.training.gradients", "qwenlib.kernels.cross_entropy"
 LOSSES, PACKING = "qwenlib.training.losses", "qwenlib.data.packing"
 ROLLOUTS, PREFERENCES = "qwenlib.post_training.rollouts", "qwenlib.post_training.preferences"
 TRAINING = "tests/training/"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
+WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
+HITS = "tests/kernels/test_cross_entropy.py::test_loss_gradients_and_hits"
 RESUMED = TRAINING + "test_resume.py::test_resumed_run_equals_the_straight_run"
 ALONE = TRAINING + "test_losses.py::test_packed_loss_and_gradients_equal_documents_alone"
 FLAT = "tests/post_training/test_rollouts.py::test_flat_groups_left_out_change_nothing"
@@ -16,11 +19,24 @@ PAIRS = "tests/post_training/test_preferences.py::"
 
 CASES = [
     Mutation("denominator of one micro-batch", LOOP, "parameter.grad.div_(count)",
-             "parameter.grad.div_(float(n) * len(micro_batches))", MICRO),
-    Mutation("mean of micro-batch means", LOOP, "loss_sum.backward()", "(loss_sum / n).backward()",
-             MICRO),
-    Mutation("loss of the last micro-batch", LOOP, "count = total + float(loss_sum.detach()),",
-             "count = float(loss_sum.detach()),", MICRO),
+             "parameter.grad.div_(count / len(micro_batches))", MICRO),
+    Mutation("mean of micro-batch means", GRADIENTS, "loss_sum.backward()",
+             "(loss_sum / numbers[1]).backward()", MICRO),
+    Mutation("loss of the last micro-batch", GRADIENTS, "total, count = total + loss, count + n",
+             "total, count = loss, count + n", MICRO),
+    Mutation("gradient of the last worker", GRADIENTS, "old.add_(gradient)", "gradient", WORKERS),
+    Mutation("workers compute in fp32", GRADIENTS, "            torch.set_num_threads(share)",
+             '            self.autocast = "none"', WORKERS),
+    Mutation("one list of router logits for all threads", "qwenlib.model.moe",
+             "if threading.get_ident() == caller:", "if True:",
+             TRAINING + "test_gradients.py::test_each_thread_records_its_own_router"),
+    Mutation("gradient without the target", HEAD, "mass_RV[rows_R, targets_R] -= 1", "pass", HITS),
+    Mutation("gradient not scaled", HEAD, "return grad_x_MD * grad_loss", "return grad_x_MD", HITS),
+    Mutation("weight's gradient of the last rows", HEAD, "grad_weight_VD += ", "grad_weight_VD = ",
+             HITS),
+    Mutation("loss of the last rows", HEAD,
+             "loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()\n    return",
+             "loss, likeliest = loss_R.sum(), likeliest + likeliest_R.sum()\n    return", HITS),
     Mutation("no clipping", LOOP, 'config.grad_clip or float("inf")', 'float("inf")',
              TRAINING + "test_loop.py::test_gradient_is_clipped_to_the_norm"),
     Mutation("gradients carried over", LOOP, "    optimizer.zero_grad(set_to_none=True)\n", "",
@@ -61,7 +77,8 @@ CASES = [
              "model.hidden(batch.input_ids_BT, batch.position_ids_BT)", ALONE),
     Mutation("no shift", LOSSES, "x_BTD[:, :-1][has_target_BT]", "x_BTD[:, 1:][has_target_BT]",
              ALONE),
-    Mutation("mean for sum", LOSSES, 'reduction="sum")', 'reduction="mean")', ALONE),
+    Mutation("mean for sum", LOSSES, "return loss_sum, count, {",
+             "return loss_sum / count, count, {", ALONE),
     Mutation("held-out mean of means", LOSSES, "total + float(loss_sum), count + int(n)",
              "total + float(loss_sum) / int(n), count + 1",
              TRAINING + "test_losses.py::test_held_out_loss_is_a_mean_over_tokens_not_batches"),

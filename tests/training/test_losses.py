@@ -72,7 +72,8 @@ def test_loss_and_accuracy_by_hand():
     logits[0, 0, 1] = math.log(3)  # predicts the second token with probability 3/4
     row = torch.zeros(1, 3, dtype=torch.long)
     labels = torch.tensor([[IGNORE, 1, 1]])
-    net = SimpleNamespace(hidden=lambda *inputs: logits, lm_head=lambda x: x)
+    head = SimpleNamespace(weight=torch.eye(2))  # the hidden state is the logits
+    net = SimpleNamespace(hidden=lambda *inputs: logits, lm_head=head)
     loss, count, stats = next_token_loss(net, PackedBatch(row, labels, row, row))
     assert int(count) == 2
     assert loss.item() == pytest.approx(-math.log(3 / 4) + math.log(2), abs=1e-6)

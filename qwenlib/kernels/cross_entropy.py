@@ -1,0 +1,113 @@
+"""The vocabulary's head and its cross-entropy as one operation, some rows at a time.
+
+The gradient of a row's loss with respect to its logits is softmax - one-hot: known as soon as the
+logits are. So each chunk of logits turns into its gradient on the spot and is dropped, and what is
+kept for the backward pass is as small as the inputs. With 151,936 tokens the logits are by far the
+largest tensor of a training step; here they never exist as a whole.
+
+Shapes: M positions with a target, D hidden, V vocabulary.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwenlib.kernels.build import compiled
+
+_LANES = 16  # of the widest registers
+_ROWS, _ELEMENTS = 512, 1 << 21  # a chunk: at least so many rows, and about so many logits
+
+
+def linear_cross_entropy(
+    x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of -log softmax(x W^T)[target] in fp32, and how many targets were likeliest.
+
+    The products take the dtype of x and W, or autocast's; softmax and sums are fp32. Same value and
+    gradients as `F.cross_entropy(x @ W.T, targets, reduction="sum")`. Of equal
+    largest logits the first counts as likeliest.
+    """
+    if torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad):
+        return _LinearCrossEntropy.apply(x_MD, weight_VD, targets_M)
+    loss, likeliest = _zeros(x_MD)
+    for x_RD, targets_R in _chunks(x_MD, targets_M, weight_VD):
+        loss_R, likeliest_R = _loss_and_gradient(F.linear(x_RD, weight_VD), targets_R)
+        loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()
+    return loss, likeliest
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD, weight_VD, targets_M):
+        loss, likeliest = _zeros(x_MD)
+        grad_x_MD = torch.empty_like(x_MD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grads = grad_x_MD.split(_rows(weight_VD))
+        for (x_RD, targets_R), grad_x_RD in zip(_chunks(x_MD, targets_M, weight_VD), grads):
+            grad_RV = F.linear(x_RD, weight_VD)
+            loss_R, likeliest_R = _loss_and_gradient(grad_RV, targets_R)
+            loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()
+            grad_x_RD.copy_(grad_RV @ weight_VD)
+            grad_weight_VD += grad_RV.t() @ x_RD
+        ctx.save_for_backward(grad_x_MD, grad_weight_VD.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(likeliest)
+        return loss, likeliest
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_x_MD, grad_weight_VD = ctx.saved_tensors
+        return grad_x_MD * grad_loss, grad_weight_VD * grad_loss, None
+
+
+def _zeros(x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    return x_MD.new_zeros((), dtype=torch.float32), x_MD.new_zeros((), dtype=torch.long)
+
+
+def _rows(weight_VD: Tensor) -> int:
+    return max(_ROWS, _ELEMENTS // weight_VD.shape[0])
+
+
+def _chunks(x_MD, targets_M, weight_VD):
+    return zip(x_MD.split(_rows(weight_VD)), targets_M.split(_rows(weight_VD)))
+
+
+def _loss_and_gradient(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and 1 where its target is likeliest; logits become their gradients."""
+    if logits_RV.device.type == "cpu" and logits_RV.dtype in _IN_C and (run := _compiled()):
+        return _in_c(run, logits_RV, targets_R)
+    scores_RV = logits_RV.float()
+    rows_R = torch.arange(len(targets_R), device=targets_R.device)
+    top_R, first_R = scores_RV.max(-1)
+    picked_R = scores_RV[rows_R, targets_R]
+    mass_RV = (scores_RV - top_R[:, None]).exp_()
+    sum_R = mass_RV.sum(-1)
+    mass_RV /= sum_R[:, None]
+    mass_RV[rows_R, targets_R] -= 1
+    logits_RV.copy_(mass_RV)
+    return sum_R.log() + (top_R - picked_R), (first_R == targets_R).long()
+
+
+_IN_C = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _compiled():
+    library = compiled(Path(__file__).with_suffix(".c"))
+    return library and library.cross_entropy
+
+
+def _in_c(run, logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    (R, V), threads = logits_RV.shape, torch.get_num_threads()
+    loss_R, likeliest_R = torch.empty(R), torch.empty(R, dtype=torch.long)
+    room = torch.empty(threads, V + _LANES)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    run(
+        pointer(logits_RV.data_ptr()), number(logits_RV.dtype == torch.bfloat16), number(R),
+        number(V), pointer(targets_R.contiguous().data_ptr()), pointer(loss_R.data_ptr()),
+        pointer(likeliest_R.data_ptr()), pointer(room.data_ptr()), number(threads),
+    )  # fmt: skip
+    return loss_R, likeliest_R

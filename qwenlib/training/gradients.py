@@ -1,0 +1,85 @@
+"""The gradients of a step's micro-batches: one after the other, or side by side on CPU threads."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Gradients:
+    """Sums losses, counts and gradients over micro-batches.
+
+    Called with (model, micro-batches, loss_fn), where loss_fn gives (loss_sum, count, stats), it
+    adds the gradient of the sum of loss_sum to each parameter's `grad` and returns the sum of the
+    losses, that of the counts, and of stats times counts.
+
+    On a CPU with several micro-batches, `workers` threads (0: as many as PyTorch has) take one each
+    and share out the cores. A
+    model of a million parameters is made of operations too short for two cores at once; two
+    operations on one core each lose nothing. The sum is taken in the order of the micro-batches, so
+    the result is that of one thread, bit for bit, whatever the number of workers. loss_fn must then
+    keep nothing between calls.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], autocast: str = "none", workers: int = 0):
+        self.parameters, self.autocast = list(parameters), autocast
+        self.device = self.parameters[0].device
+        self.threads = torch.get_num_threads()
+        self.workers = (workers or self.threads) if self.device.type == "cpu" else 1
+        self.pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> "Gradients":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+            torch.set_num_threads(self.threads)  # for threads yet to come; ours never changed
+
+    def __call__(
+        self, model: nn.Module, micro_batches: Sequence[Any], loss_fn: Callable[..., tuple]
+    ) -> tuple[float, float, dict[str, float]]:
+        workers = min(self.workers, len(micro_batches))
+        if workers > 1:
+            results = self._side_by_side(model, micro_batches, loss_fn, workers)
+        else:
+            results = (self._in_place(model, batch, loss_fn) for batch in micro_batches)
+        total, count, sums = 0.0, 0.0, {}
+        for loss, n, stats in results:
+            total, count = total + loss, count + n
+            for key, value in stats.items():
+                sums[key] = sums.get(key, 0.0) + value * n
+        return total, count, sums
+
+    def _loss(self, model, batch, loss_fn) -> tuple[Tensor, tuple]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast == "bfloat16"):
+            loss_sum, n, stats = loss_fn(model, batch)
+        numbers = {key: float(value) for key, value in stats.items()}
+        return loss_sum, (float(loss_sum.detach()), float(n), numbers)
+
+    def _in_place(self, model, batch, loss_fn) -> tuple:
+        loss_sum, numbers = self._loss(model, batch, loss_fn)
+        loss_sum.backward()
+        return numbers
+
+    def _side_by_side(self, model, micro_batches, loss_fn, workers) -> list[tuple]:
+        self.pool = self.pool or ThreadPoolExecutor(self.workers)
+        share = max(1, self.threads // workers)
+
+        def one(batch) -> tuple:
+            torch.set_num_threads(share)  # of this thread alone
+            loss_sum, numbers = self._loss(model, batch, loss_fn)
+            return torch.autograd.grad(loss_sum, self.parameters, allow_unused=True), numbers
+
+        # All at once and not more than there are workers: their gradients lie in memory together.
+        results = []
+        for first in range(0, len(micro_batches), workers):
+            for gradients, numbers in self.pool.map(one, micro_batches[first : first + workers]):
+                results.append(numbers)
+                for parameter, gradient in zip(self.parameters, gradients):
+                    if gradient is not None:
+                        old = parameter.grad
+                        parameter.grad = gradient if old is None else old.add_(gradient)
+        return results
