@@ -169,9 +169,9 @@ def _print_plan(plan: Any) -> None:
     for step, action, resources in runner.dry_run(plan):
         chapter = step.resolved.chapter
         table = Table("setting", "value", "from", "meaning", title=f"{step.name} · {chapter.title}")
-        helps = {**{k: p.help for k, p in runner.params.table(step.name).items()}, **chapter.help}
+        meaning = step.resolved.meanings(runner.params.table(step.name))
         for name, value in step.resolved.params.items():
-            table.add_row(name, repr(value), step.resolved.origin[name], helps.get(name, ""))
+            table.add_row(name, repr(value), step.resolved.origin[name], meaning[name])
         console.print(table)
         asks = ", ".join(
             f"{value} {unit}".strip()

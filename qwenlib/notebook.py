@@ -123,13 +123,11 @@ class Run:
         self._print_header(begun, resumed, before.get("status") == "done")
 
     def _print_header(self, begun: Mapping[str, Any], resumed: bool, done: bool) -> None:
-        chapter, params = self._resolved.chapter, self._resolved.params
-        path = stages.find_notebook(self.chapter)
-        cell = stages.notebook_parameters(path) if path else {}
-        meaning = {**{name: p.help for name, p in cell.items()}, **chapter.help}
+        params, path = self._resolved.params, stages.find_notebook(self.chapter)
+        meaning = self._resolved.meanings(stages.notebook_parameters(path) if path else {})
         lines = ["| parameter | value | from | meaning |", "|---|---|---|---|"]
         for name, value in params.items():
-            cells = (name, f"`{value!r}`", self._resolved.origin[name], meaning.get(name, ""))
+            cells = (name, f"`{value!r}`", self._resolved.origin[name], meaning[name])
             lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
         where = f"`{Path(params['run_dir']) / self.chapter}`"
         if begun and not resumed:

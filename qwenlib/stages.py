@@ -28,7 +28,9 @@ CHOICES = {
 }
 STANDARD = ("profile", "seed", "device", "run_dir", "wandb_mode", "missing_input")
 # Parameters that name a model (folder, .gguf file, hub id, registered name): what each stands in
-# for is written in a table of its name in the chapter's profile file.
+# for is written in a table of its name in the chapter's profile file: it `replaces` these needs,
+# though it `compares` itself with those of them that are finished; one not given takes the
+# `base_model` that the finished run of the stage it `follows` began from.
 MODEL_PARAMETERS = ("base_model", "merge_base")
 # Where and how a stage runs, not what it computes: left out of the fingerprint.
 NOT_IN_FINGERPRINT = ("run_dir", "wandb_mode", "device", "missing_input")
@@ -157,8 +159,8 @@ class Chapter:
     cards: tuple[str, ...]
     tables: Mapping[str, Mapping[str, Any]]
     resources: Mapping[str, Mapping[str, Any]]
-    models: Mapping[str, Mapping[str, Any]]  # of MODEL_PARAMETERS: replaces, compares, suggested
-    help: Mapping[str, str]
+    models: Mapping[str, Mapping[str, Any]]  # the tables of MODEL_PARAMETERS
+    help: Mapping[str, Mapping[str, str]]  # table -> key -> what is written behind the value
 
     @property
     def number(self) -> int:
@@ -206,34 +208,38 @@ def load_chapter(name: str) -> Chapter:
 
 
 def _model_table(path: Path, key: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    table = {"replaces": [], "compares": [], "suggested": {}} | data[key]
+    empty = {"replaces": [], "compares": [], "follows": None, "suggested": {}}
+    table = empty | data[key]
     if odd := set(table["suggested"]) - set(data.get("tiny", {})):
         raise ParameterError(f"{path.name}: [{key}] suggests {sorted(odd)}, which [tiny] lacks")
-    if odd := set(table) - {"replaces", "compares", "suggested"}:
+    if odd := set(table) - set(empty):
         raise ParameterError(f"{path.name}: table [{key}] has unknown keys: {sorted(odd)}")
-    named = {*table["replaces"], *table["compares"]}
+    named = {*table["replaces"], *table["compares"], table["follows"]} - {None}
     if odd := named - set(data.get("needs", ())):
         raise ParameterError(f"{path.name}: table [{key}] names {sorted(odd)}, not among the needs")
     return table
 
 
-def _comments(text: str) -> dict[str, str]:
-    """First trailing comment of each key of a TOML file: what the setting means."""
-    found: dict[str, str] = {}
+def _comments(text: str) -> dict[str, dict[str, str]]:
+    """Trailing comments of a TOML file, table by table: what each key means, or why this value."""
+    found: dict[str, dict[str, str]] = {}
+    table: dict[str, str] = {}
     for line in text.splitlines():
+        if header := re.match(r"\[(\w+)\]", line):
+            table = found.setdefault(header[1], {})
         match = re.match(r"""\s*(\w+)\s*=\s*(?:"[^"]*"|'[^']*'|[^#"'])*#\s*(.+?)\s*$""", line)
         if match:
-            found.setdefault(match[1], match[2])
+            table[match[1]] = match[2]
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """Parameters of one stage after the profile has filled the gaps."""
+    """Parameters of one stage after the profile and the run folder have filled the gaps."""
 
     chapter: Chapter
     params: dict[str, Any]
-    origin: dict[str, str]  # name -> "parameter" or "profile tiny"
+    origin: dict[str, str]  # name -> "parameter", "profile tiny" or "stage 08_sft"
 
     @property
     def profile(self) -> str:
@@ -244,9 +250,20 @@ class Resolved:
         """The models named by parameters instead of being taken from an earlier stage."""
         return {k: self.params[k] for k in MODEL_PARAMETERS if self.params.get(k) is not None}
 
+    def meanings(self, cell: Mapping[str, Parameter]) -> dict[str, str]:
+        """Words for each setting: a profile's for its own value, else the parameters cell's."""
+        table = "tiny" if self.profile == "smoke" else self.profile
+        profile = self.chapter.help.get(table, {})
+        own = {name: parameter.help for name, parameter in cell.items()}
+        return {
+            name: (profile if self.origin[name].startswith("profile") else own).get(name, "")
+            for name in self.params
+        }
+
 
 def resolve(name: str, values: Mapping[str, Any], types: Mapping[str, ParameterType]) -> Resolved:
-    """Typed parameters, with each None filled from the profile; raises ParameterError."""
+    """Typed parameters, with each None filled from the profile or, a model that `follows` a stage,
+    from that stage's finished run; raises ParameterError."""
     if missing := [key for key in STANDARD if key not in values]:
         raise ParameterError(f"{name}: the parameters cell lacks {', '.join(missing)}")
     checked = {key: types[key].check(key, value) for key, value in values.items()}
@@ -266,9 +283,17 @@ def resolve(name: str, values: Mapping[str, Any], types: Mapping[str, ParameterT
         elif key in types:
             params[key] = types[key].check(f"{key} ([{profile}] of {name}.toml)", table[key])
     order = [*checked, *(key for key in table if key not in checked)]
-    return Resolved(
+    resolved = Resolved(
         chapter, {key: params[key] for key in order}, {key: origin[key] for key in order}
     )
+    run_dir = resolve_run_dir(params["run_dir"])
+    for key, table in chapter.models.items():
+        stage = table["follows"]
+        if params.get(key) is None and stage in needs(resolved, run_dir):
+            begun = (finished(run_dir, stage) or {}).get("parameters", {}).get("base_model")
+            if begun is not None:
+                resolved.params[key], resolved.origin[key] = begun, f"stage {stage}"
+    return resolved
 
 
 # ---------------------------------------------------------------- folders

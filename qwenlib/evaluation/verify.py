@@ -89,25 +89,32 @@ def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def transformers_twin(config: QwenConfig, seed: int = 0) -> tuple[Qwen, nn.Module]:
-    """A model of ours and one of transformers that hold the same redrawn parameters."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
+def transformers_twin(model: Qwen, attention: str = "sdpa") -> nn.Module:
+    """transformers' model on the tensors of ours, without a copy; its way of attention by name."""
+    import transformers
 
-    their_config = Qwen2Config if config.moe is None else Qwen2MoeConfig
-    theirs = AutoModelForCausalLM.from_config(
-        their_config(**config.to_hf()), attn_implementation="eager"
-    )
-    redraw(theirs, seed)
-    model = Qwen(config)
-    weights = {
-        name: tensor
-        for name, tensor in theirs.state_dict().items()
-        if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
-    missing, extra = model.load_state_dict(weights, strict=False)
-    if extra or set(missing) - {"lm_head.weight"}:
-        raise ValueError(f"the two networks have other parameters: {missing + extra}")
-    return model.eval(), theirs
+    transformers.logging.set_verbosity_error()
+    config = transformers.AutoConfig.for_model(**model.config.to_hf())
+    # A tensor in the library's usual order is shared, one in another order is copied into it.
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weight = weights["lm_head.weight"]
+    with torch.device("meta"):
+        twin = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=weight.dtype
+        )
+    twin.load_state_dict(weights, assign=True)
+    twin.tie_weights()
+    # Rotary frequencies are no weights: they were left on the meta device.
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(weight.device)
+    # End and padding ids are the caller's: no length may depend on what a model happens to say.
+    twin.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return twin.requires_grad_(True).train(model.training)
+
+
+def drawn_pair(config: QwenConfig, seed: int = 0) -> tuple[Qwen, nn.Module]:
+    """A redrawn model and its twin, which attends step by step ("eager")."""
+    model = redraw(Qwen(config), seed)
+    return model, transformers_twin(model, "eager")
 
 
 def battery(seed: int = 0) -> Iterator[Case]:
@@ -118,7 +125,7 @@ def battery(seed: int = 0) -> Iterator[Case]:
         yield from _shape_cases(name, config, seed)
         other = not config.tie_word_embeddings
         turned = config.replace(tie_word_embeddings=other)
-        model, theirs = transformers_twin(turned, seed)
+        model, theirs = drawn_pair(turned, seed)
         label = f"{name}, {'tied' if other else 'untied'} head"
         yield _compare(label, model, theirs, _ids(2, seed), None, _tolerance(config))
 
@@ -153,7 +160,7 @@ def model_cases(source: str | Path, seed: int = 0, new_tokens: int = 16) -> Iter
 
 
 def _shape_cases(name: str, config: QwenConfig, seed: int) -> Iterator[Case]:
-    model, theirs = transformers_twin(config, seed)
+    model, theirs = drawn_pair(config, seed)
     tolerance, ids_BT = _tolerance(config), _ids(3, seed)
     yield _compare(name, model, theirs, ids_BT, None, tolerance)
     for side in ("left", "right"):

@@ -16,9 +16,13 @@ terms (paper; the code compares unweighted ones, so that τ, far larger than δ,
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from qwenlib.model import Qwen
+from qwenlib.model.checkpoint import read_config
 
 
 def merge_ondare(
@@ -68,6 +72,24 @@ def _trim(x: Tensor, p: float) -> Tensor:
     flat = x.flatten()
     top = flat.abs().topk(keep).indices
     return torch.zeros_like(flat).scatter(0, top, flat[top]).view_as(x)
+
+
+def check_base(tuned: str | Path, base: str | Path) -> None:
+    """Raise ValueError unless two model folders hold tensors of the same names and shapes.
+
+    Only the configurations are read: a wrong base is named before anything is sampled or trained.
+    """
+    with torch.device("meta"):
+        ours, theirs = (Qwen(read_config(folder)).state_dict() for folder in (tuned, base))
+    for name in {**ours, **theirs}:
+        here, there = (
+            f"of shape {tuple(s[name].shape)}" if name in s else "missing" for s in (ours, theirs)
+        )
+        if here != there:
+            raise ValueError(
+                f"{base} is not the model that {tuned} was tuned from: {name} is {there} there and "
+                f"{here} in {tuned}; give the one that SFT began from (chapter 10: merge_base)"
+            )
 
 
 def task_vectors(

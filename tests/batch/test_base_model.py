@@ -41,6 +41,36 @@ def chapters(walk, monkeypatch):
     return walk
 
 
+FOLLOWS = """
+[merge_base]
+replaces = ["01_first"]
+follows = "02_second"
+
+[resources]
+"""
+
+
+@pytest.fixture
+def merging(chapters):
+    """04_last reads 02_second and the model before it: 01_first's, or what 02 began from."""
+    path = chapters.root / "profiles" / "04_last.toml"
+    text = path.read_text().replace("\n[resources]\n", FOLLOWS)
+    text = text.replace('["02_second", "03_other"]', '["01_first", "02_second"]')
+    text = text.replace('compares = ["02_second"]', "compares = []")
+    text = text.replace('replaces = ["02_second"]', 'replaces = ["01_first", "02_second"]')
+    path.write_text(text)
+    conftest.KNOBS["04_last"] += "merge_base: str | None = None  # the model before\n"
+    chapters.write("04_last", conftest.BODY["04_last"])
+    return chapters
+
+
+def finish_from(walk, base):
+    """02_second as finished after it began from `base`."""
+    finish_by_hand(walk, "02_second")
+    path = walk.runs / "default" / "02_second" / "results.json"
+    stages.write_json(path, stages.read_json(path) | {"parameters": {"base_model": base}})
+
+
 def inputs(name, walk, **values):
     resolved, _ = params.resolve(name, texts(**values))
     return stages.fingerprint(resolved, walk.runs / "default")[1]["inputs"]
@@ -129,11 +159,34 @@ def test_bounds_of_the_walks_own_models_do_not_bind(chapters, capsys):
         run.check("right", False, "wrong")
 
 
+def test_the_model_that_a_stage_began_from_is_taken_from_its_record(merging):
+    def resolved(**values):
+        found, _ = params.resolve("04_last", texts(**values))
+        return found.params["merge_base"], found.origin["merge_base"]
+
+    assert resolved() == (None, "notebook")
+    finish_by_hand(merging, "01_first")
+    finish_from(merging, None)
+    assert resolved() == (None, "notebook")
+    assert set(inputs("04_last", merging)) == {"01_first", "02_second"}
+    finish_from(merging, "some/model")
+    assert resolved() == ("some/model", "stage 02_second")
+    assert resolved(merge_base="other/model") == ("other/model", "given")
+    assert resolved(base_model="other/model") == (None, "notebook"), "02_second is not read"
+    assert set(inputs("04_last", merging)) == {"02_second", "merge_base"}
+    (merging.runs / "default" / "01_first" / "results.json").unlink()
+    assert names(runner.make_plan("4", Given())) == ["04_last"], "01_first is not built for it"
+    run = start(merging, "04_last")
+    assert run.model_from("01_first", "merge_base") == "some/model"
+    assert run.params.merge_base == "some/model" and not run.has_input("01_first")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("compares = []", "repalces = []", r"\[base_model\] has unknown keys: \['repalces'\]"),
         ('replaces = ["01_first"]', 'replaces = ["03_other"]', "names .*03_other.* not among the"),
+        ("compares = []", 'follows = "03_other"', "names .*03_other.* not among the"),
         ("learning_rate = 1e-3", "rate = 1e-3", r"suggests \['rate'\], which \[tiny\] lacks"),
         ("[base_model]", "[merge_base]", "02_second.toml lacks a table for .*'base_model'"),
     ],

@@ -70,6 +70,25 @@ def test_yaml_values_are_typed_and_p_wins(walk):
     assert resolved.origin["pause"] == "notebook"
 
 
+def test_the_words_beside_a_value_are_those_of_its_source(walk):
+    """A profile's comment tells why it has this value: not that of another, nor of the user's."""
+    path = walk.root / "profiles" / "02_second.toml"
+    path.write_text(path.read_text().replace("# steps of the loop", "# few", 1))
+
+    def words(**given):
+        resolved, _ = params.resolve("02_second", Given(given))
+        found = resolved.meanings(params.table("02_second"))
+        return found["max_steps"], found["learning_rate"]
+
+    own = "steps (None: the profile's)"
+    assert words() == words(profile="smoke") == ("few", "size of a step")
+    assert words(profile="small") == ("steps of the loop", "size of a step")
+    assert words(max_steps=7) == (own, "size of a step")
+    resolved, _ = params.resolve("02_second", Given())
+    assert resolved.meanings(params.table("02_second"))["pause"] == "seconds a step takes"
+    assert resolved.meanings({})["pause"] == ""
+
+
 @pytest.mark.parametrize("text", ["max_steps: '5'", "max_steps: 5.0", "max_steps: true", "- a"])
 def test_yaml_of_the_wrong_type_is_refused(walk, text):
     path = walk.root / "given.yaml"

@@ -1,6 +1,7 @@
 """The parity battery: green on the library, red and pointing at the block when one is wrong."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -57,20 +58,20 @@ def test_redrawn_parameters_are_far_from_their_defaults():
     ],
 )
 def test_the_first_block_that_is_off_is_named(block, first):
-    model, theirs = verify.transformers_twin(verify.scaled_down(presets.find("7b")))
+    model, theirs = verify.drawn_pair(verify.scaled_down(presets.find("7b")))
     ids = verify._ids(2, 0)
     assert verify._compare("same", model, theirs, ids, None, 1e-5).first is None
-    with torch.no_grad():
-        model.get_submodule(block).weight.mul_(1.01)
+    part = model.get_submodule(block)
+    part.weight = torch.nn.Parameter(1.01 * part.weight)  # the twin keeps the tensor of before
     case = verify._compare("other", model, theirs, ids, None, 1e-5)
     assert not case.passed and case.first == first
 
 
 def test_a_nan_is_a_failure():
     assert not verify.Case("nan", float("nan"), 1e-5).passed
-    model, theirs = verify.transformers_twin(verify.scaled_down(presets.find("7b")))
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    model, theirs = verify.drawn_pair(verify.scaled_down(presets.find("7b")))
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.clone().index_fill(0, torch.tensor(0), math.nan))
     case = verify._compare("nan", model, theirs, verify._ids(2, 0), None, 1e-5)
     assert not case.passed and case.first == "layers.0.mlp"
     assert not verify._gradients("nan", model, theirs, verify._ids(2, 0), 1e-5).passed

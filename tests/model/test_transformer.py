@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from qwenlib import kernels
 from qwenlib.data.packing import pack_rows
+from qwenlib.evaluation.verify import transformers_twin
 from qwenlib.model import KVCache, MoEConfig, Qwen, QwenConfig, transformer
 from qwenlib.model.config import YarnConfig
 
@@ -49,16 +50,8 @@ def ours(shape: QwenConfig, seed=0) -> Qwen:
 
 def both(shape: QwenConfig):
     """The same weights in this library and in transformers."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    theirs = redraw(Qwen2ForCausalLM(Qwen2Config(**shape.to_hf(), attn_implementation="eager")))
-    weights = dict(theirs.state_dict())
-    if shape.tie_word_embeddings:
-        weights.pop("lm_head.weight")
-    model = Qwen(shape)
-    missing, extra = model.load_state_dict(weights, strict=False)
-    assert not extra and set(missing) <= {"lm_head.weight"}
-    return model.eval(), theirs
+    model = ours(shape)
+    return model, transformers_twin(model, "eager")
 
 
 def tokens(B=2, length=T, seed=1):

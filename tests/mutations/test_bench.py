@@ -21,8 +21,8 @@ CASES = [
              CASES_FILE + "test_what_differs_is_named"),
     Mutation("any logits accepted", "qwenlib.bench.cases", "if worst <= limit else",
              "if True else", CASES_FILE + "test_what_differs_is_named"),
-    Mutation("twin has weights of its own", "qwenlib.bench.models", "tensor.contiguous() for",
-             "tensor.clone() for",
+    Mutation("twin has weights of its own", "qwenlib.evaluation.verify",
+             "tensor.contiguous() for", "tensor.clone() for",
              CASES_FILE + "test_both_sides_share_every_tensor_and_none_is_trivial"),
 ]  # fmt: skip
 

@@ -197,6 +197,12 @@ MERGING = mutations(
     "test_online_merging",
     [
         (
+            "a deeper base goes unnoticed",
+            "{**ours, **theirs}",
+            "ours",
+            "test_a_base_of_another_shape_is_named_with_its_first_tensor",
+        ),
+        (
             "early return",
             "                    self._update(parameter, group, index)\n",
             "                    self._update(parameter, group, index)\n"

@@ -103,10 +103,15 @@ def test_a_chain_goes_on_from_the_stage_before(home, tmp_path):
     """SFT on the named model, DPO on SFT's: the task vector is the difference of the two."""
     base = str(home / "base")
     execute("08_sft", tmp_path, base_model=base)
-    space = execute("10_dpo", tmp_path, merge_base=base)
+    space = execute("10_dpo", tmp_path)
+    assert space["p"].merge_base == base and space["base_folder"] == home / "base"
     assert any(bool(t.any()) for t in space["tau"].values())
     space = execute("10_dpo", tmp_path, base_model=base)
     assert not any(bool(t.any()) for t in space["tau"].values())
+    shape = load_pretrained(base).config.replace(intermediate_size=40)
+    other = save_pretrained(Qwen(shape).initialise(0), tmp_path / "other")
+    with pytest.raises(ValueError, match=f"{other} .*gate_proj.* merge_base"):
+        execute("10_dpo", tmp_path, merge_base=str(other))
 
 
 def test_evaluation_of_the_named_model_alone(home, tmp_path):

@@ -1,13 +1,16 @@
 """Online merging against torch's AdamW, hand-worked TIES, and its own restarts."""
 
 import copy
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from torch import nn
 
+from qwenlib.model import Qwen, QwenConfig, save_pretrained
 from qwenlib.post_training.online_merging import (
     OnlineMergingAdamW,
+    check_base,
     merge_ondare,
     merge_onties,
     task_vectors,
@@ -200,3 +203,27 @@ def test_bad_input_is_named():
         task_vectors(model, state, {})
     with pytest.raises(ValueError, match="tuned model has shape"):
         task_vectors(model, {k: v[:1] for k, v in state.items()}, state)
+
+
+def test_a_base_of_another_shape_is_named_with_its_first_tensor():
+    shape = QwenConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+    with TemporaryDirectory() as home:
+
+        def folder(name, **changes):
+            return save_pretrained(Qwen(shape.replace(**changes)), f"{home}/{name}")
+
+        tuned = folder("tuned")
+        check_base(tuned, folder("longer", rope_theta=1e6, tie_word_embeddings=False))
+        wide, deep = folder("wide", intermediate_size=32), folder("deep", num_hidden_layers=3)
+        gate = r"layers.0.mlp.gate_proj.weight is of shape \(32, 16\) there and of shape \(24, 16\)"
+        with pytest.raises(ValueError, match=f"{wide} .*{gate} in {tuned}.*merge_base"):
+            check_base(tuned, wide)
+        with pytest.raises(ValueError, match=rf"layers.2.* there and missing in {tuned}"):
+            check_base(tuned, deep)
+        with pytest.raises(ValueError, match=rf"layers.2.* is missing there and of.* in {deep}"):
+            check_base(deep, tuned)
