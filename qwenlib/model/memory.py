@@ -73,7 +73,7 @@ def stored_tensors(
         block input         eD + 4      4D (fp32 copy)      first norm (and 1/rms in fp32)
         normed              eD                              weights of q, k, v
         q                   eHK                             scores, after RoPE
-        k, v                2 eGK       to 2 eHK (copies)   scores and sums
+        k, v                2 eGK                           scores and sums
         attention           eHK + 4H                        o's weights; flash attention
         middle              eD + 4      4D (fp32 copy)      second norm
         normed middle       eD                              weights of gate, up and router
@@ -104,7 +104,7 @@ def stored_tensors(
         return {"block input": e * D}
     lean = selective or kernels == "fused"
     q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim if lean else q
+    kv = config.num_key_value_heads * config.head_dim
     norm_input = e * D + (0 if selective else 4) + (0 if lean else 4 * D)
     moe = config.moe if config.is_moe_layer(layer) else None
     F = config.intermediate_size if moe is None else moe.shared_expert_intermediate_size

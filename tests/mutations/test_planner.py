@@ -16,8 +16,8 @@ DECODE = ROOM + "test_decoding_7b_by_hand"
 CASES = [
     Mutation("silu forgotten", MEMORY, '"silu": 0 if lean else e * F', '"silu": 0', SAVED),
     Mutation("product forgotten", MEMORY, '"product": e * F', '"product": 0', FUSED),
-    Mutation("keys of all query heads", MEMORY, "config.head_dim if lean else q",
-             "config.head_dim * 2 if lean else q", FUSED),
+    Mutation("keys of all query heads", MEMORY, "kv = config.num_key_value_heads *",
+             "kv = config.num_attention_heads *", FUSED),
     Mutation("flash attention's numbers in bf16", MEMORY, "e * q + 4 * config.num_attention_heads",
              "e * q + e * config.num_attention_heads", SAVED),
     Mutation("fp32 copy of the norm forgotten", MEMORY, "(0 if lean else 4 * D)", "0", SAVED),
