@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenlib import stages
+from qwenlib import plotting, stages
 
 PACKAGES = (
     "torch", "numpy", "transformers", "datasets", "tokenizers", "scikit-learn", "wandb",
@@ -117,8 +117,6 @@ class Run:
         (self.dir / "figures").mkdir(parents=True, exist_ok=True)
         note = stages.started_note(self._fingerprint, self._parts)
         stages.write_json(self.dir / "started.json", note)
-        from qwenlib import plotting
-
         plotting.style()
         self._print_header(begun, resumed, before.get("status") == "done")
 
@@ -312,15 +310,16 @@ class Run:
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
         plt.close(fig)
+        png = plotting.small_png(buffer.getvalue())
         path = self.dir / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
+        path.write_bytes(png)
         if name not in self._figures:
             self._figures.append(name)
         if _in_ipython():
             from IPython.display import Image, display
 
-            display(Image(data=buffer.getvalue(), format="png"))
+            display(Image(data=png, format="png"))
 
     def compare(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show and record the table "Report versus here"; rows: quantity, report, here, why."""

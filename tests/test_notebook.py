@@ -1,15 +1,18 @@
 """start / check / log / compare / finish outside a kernel, on a chapter with its own profile."""
 
 import importlib.util
+import io
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from qwenlib import notebook, stages
+from qwenlib import notebook, plotting, stages
 from qwenlib.stages import MissingInput, ParameterError
 
 PROFILE = """title = "Eight"
@@ -148,9 +151,59 @@ def test_finish_records_everything_and_prints_json_last(house, capsys):
     assert results["environment"]["device"] == "cpu" and results["seconds"] >= 0
     assert results["environment"]["versions"]["torch"] == torch.__version__
     assert results["peak_memory_mb"] > 10
-    assert (run.dir / "figures" / "line.png").read_bytes().startswith(b"\x89PNG")
+    assert Image.open(run.dir / "figures" / "line.png").mode == "P"
     assert not plt.get_fignums()
     assert run.history() == [{"step": 1, "loss": 2.5}]
+
+
+def rendered(draw, **options):
+    """PNG of a figure that `draw(ax)` fills."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(5, 3), dpi=96)
+    draw(ax)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", **options)
+    plt.close(fig)
+    return buffer.getvalue()
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def curves(ax):
+    steps = np.arange(300)
+    for i, colour in enumerate(plotting.palette[:5]):
+        ax.plot(steps, np.cos(steps / 40) / (i + 1), color=colour, alpha=0.8, label=f"run {i}")
+    ax.legend()
+
+
+def heat_map(ax):
+    """A smooth field: the first place where too few colours show, as bands."""
+    x, y = np.meshgrid(np.linspace(-2, 2, 400), np.linspace(-2, 2, 300))
+    ax.imshow(np.exp(-(x**2) - y**2 / 2) + x / 9, cmap="viridis", interpolation="bilinear")
+
+
+@pytest.mark.parametrize("draw", [curves, heat_map])
+def test_figures_are_stored_in_few_colours_without_visible_loss(draw):
+    full = rendered(draw)
+    small = plotting.small_png(full)
+    assert len(small) < 0.5 * len(full)
+    change = np.abs(pixels(small) - pixels(full))
+    assert change.max() <= plotting.MAX_CHANGE and change.mean() < 0.5
+    before, after = (Image.open(io.BytesIO(png)) for png in (full, small))
+    assert after.size == before.size
+    assert after.info["dpi"] == pytest.approx(before.info["dpi"], abs=0.1)
+
+
+def test_a_figure_that_256_colours_would_spoil_stays_as_it_is():
+    noise = np.random.default_rng(0).random((64, 64, 3))
+    for full in (
+        rendered(lambda ax: ax.imshow(noise, interpolation="bicubic")),  # every colour there is
+        rendered(curves, transparent=True),
+    ):
+        assert plotting.small_png(full) == full
 
 
 def test_a_failed_check_raises_and_the_stage_is_not_done(house):

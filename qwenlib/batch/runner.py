@@ -22,6 +22,7 @@ from typing import Any
 from qwenlib import notebook, stages
 from qwenlib.batch import graph as graph_
 from qwenlib.batch import params
+from qwenlib.batch.kernels import KernelParent
 from qwenlib.batch.params import EnvironmentProblem, Given
 
 # Settings of the caller that stages built on the way share with the one that was asked for.
@@ -159,7 +160,7 @@ def execute(
     left for the next call.
     """
     results: dict[str, Result] = {}
-    with _kernel_environment(), _terminate_as_interrupt():
+    with _kernel_environment(), _terminate_as_interrupt(), KernelParent() as parent:
         for number, step in enumerate(plan.steps, 1):
             failed = [
                 need
@@ -172,7 +173,9 @@ def execute(
                 progress.stage_end(step.name, "blocked", 0.0, text)
                 continue
             try:
-                results[step.name] = _run_step(plan, step, force and step.asked, progress, number)
+                results[step.name] = _run_step(
+                    plan, step, force and step.asked, progress, number, parent
+                )
             except KeyboardInterrupt:
                 results[step.name] = Result("interrupted", error="interrupted")
                 progress.stage_end(step.name, "interrupted", 0.0, "run again to go on")
@@ -181,7 +184,9 @@ def execute(
     return results
 
 
-def _run_step(plan: Plan, step: Step, force: bool, progress: Progress, number: int) -> Result:
+def _run_step(
+    plan: Plan, step: Step, force: bool, progress: Progress, number: int, parent: KernelParent
+) -> Result:
     stage_dir = plan.run_dir / step.name
     stage_dir.mkdir(parents=True, exist_ok=True)
     with _only_writer(stage_dir, step.name):
@@ -194,8 +199,9 @@ def _run_step(plan: Plan, step: Step, force: bool, progress: Progress, number: i
             stages.set_aside(plan.run_dir, step.name)
         began = time.perf_counter()
         progress.stage_start(step.name, number, len(plan.steps), "forced" if force else reason)
+        parent.start()
         try:
-            _papermill(step, stage_dir / "notebook.ipynb", progress)
+            _papermill(step, stage_dir / "notebook.ipynb", progress, parent)
         except _Failed as failure:
             _record_failure(plan, step, failure, time.perf_counter() - began)
             seconds = time.perf_counter() - began
@@ -226,7 +232,7 @@ class _Failed(Exception):
         self.short = short
 
 
-def _papermill(step: Step, output: Path, progress: Progress) -> None:
+def _papermill(step: Step, output: Path, progress: Progress, parent: KernelParent) -> None:
     try:
         import papermill
         from jupyter_client.kernelspec import NoSuchKernel
@@ -238,7 +244,7 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
         ) from None
 
     class Engine(NBClientEngine):
-        """papermill's own engine; tells the progress display about each cell."""
+        """papermill's own engine; tells the progress display about each cell, saves less often."""
 
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
@@ -249,14 +255,29 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
                     found = re.findall(r"^#+ +(.+)$", cell.source, re.M)
                     heading = found[-1] if found else heading
                 headings.append(heading)
-            plain_start = nb_man.cell_start
+            plain_start, plain_complete = nb_man.cell_start, nb_man.cell_complete
 
             def cell_start(cell, cell_index=None, **more):
                 progress.cell(step.name, cell_index + 1, len(cells), headings[cell_index])
-                return plain_start(cell, cell_index, **more)
+                with saving(nb_man, cell.cell_type == "code"):
+                    plain_start(cell, cell_index, **more)
 
-            nb_man.cell_start = cell_start
+            def cell_complete(cell, cell_index=None, **more):
+                with saving(nb_man, False):
+                    plain_complete(cell, cell_index, **more)
+
+            nb_man.cell_start, nb_man.cell_complete = cell_start, cell_complete
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+    @contextlib.contextmanager
+    def saving(nb_man, wanted):
+        """papermill writes the file before and after every cell; before each code cell will do."""
+        path = nb_man.output_path
+        nb_man.output_path = path if wanted else None
+        try:
+            yield
+        finally:
+            nb_man.output_path = path
 
     papermill_engines.register("qwenlib", Engine)
     try:
@@ -268,6 +289,7 @@ def _papermill(step: Step, output: Path, progress: Progress) -> None:
             kernel_name="python3",
             language="python",
             progress_bar=False,
+            kernel_manager_class=parent.manager_class(),
             start_timeout=180,
             autosave_cell_every=10,
             request_save_on_cell_execute=True,
