@@ -1,5 +1,6 @@
-/* Rows of logits into the gradients of their cross-entropy, in three passes over a row that stays
- * in the fastest cache. PyTorch's way over the whole matrix takes eight through memory.
+/* Rows of logits into the gradients of their cross-entropy, by way of a copy of one row that stays
+ * in a cache (8 KB for 2,048 tokens, 600 KB for 151,936). PyTorch's operations take the whole
+ * matrix through memory eight times.
  *
  * Shapes: M rows, V vocabulary.
  */

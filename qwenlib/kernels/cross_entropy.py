@@ -28,39 +28,84 @@ def linear_cross_entropy(
     """Sum over rows of -log softmax(x W^T)[target] in fp32, and how many targets were likeliest.
 
     The products take the dtype of x and W, or autocast's; softmax and sums are fp32. Same value and
-    gradients as `F.cross_entropy(x @ W.T, targets, reduction="sum")`. Of equal
-    largest logits the first counts as likeliest.
+    gradients as `F.cross_entropy(x @ W.T, targets, reduction="sum")`, without a target that is
+    ignored: leave such rows out. Of equal largest logits the first counts as likeliest. Raises
+    ValueError when targets are not M whole numbers and, on a CPU, IndexError for one that is no
+    row of W.
     """
+    _check(x_MD, weight_VD, targets_M)
+    kind = x_MD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad):
-        return _LinearCrossEntropy.apply(x_MD, weight_VD, targets_M)
+        return _LinearCrossEntropy.apply(x_MD, weight_VD, targets_M, dtype)
     loss, likeliest = _zeros(x_MD)
-    for x_RD, targets_R in _chunks(x_MD, targets_M, weight_VD):
-        loss_R, likeliest_R = _loss_and_gradient(F.linear(x_RD, weight_VD), targets_R)
-        loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()
+    with torch.autocast(kind, enabled=False):
+        weight_VD = weight_VD.to(dtype or weight_VD.dtype)
+        for x_RD, targets_R in _chunks(x_MD, targets_M, weight_VD):
+            logits_RV = F.linear(x_RD.to(dtype or x_RD.dtype), weight_VD)
+            loss_R, likeliest_R = _loss_and_gradient(logits_RV, targets_R)
+            loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()
     return loss, likeliest
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Casts by itself: autocast would keep its copy of the weight, without a gradient, for others.
+
+    dtype: of the products, None for that of x and W.
+    """
+
     @staticmethod
-    def forward(ctx, x_MD, weight_VD, targets_M):
+    def forward(ctx, x_MD, weight_VD, targets_M, dtype):
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
         loss, likeliest = _zeros(x_MD)
-        grad_x_MD = torch.empty_like(x_MD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        grads = grad_x_MD.split(_rows(weight_VD))
-        for (x_RD, targets_R), grad_x_RD in zip(_chunks(x_MD, targets_M, weight_VD), grads):
-            grad_RV = F.linear(x_RD, weight_VD)
-            loss_R, likeliest_R = _loss_and_gradient(grad_RV, targets_R)
-            loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()
-            grad_x_RD.copy_(grad_RV @ weight_VD)
-            grad_weight_VD += grad_RV.t() @ x_RD
-        ctx.save_for_backward(grad_x_MD, grad_weight_VD.to(weight_VD.dtype))
+        grad_x_MD = torch.empty_like(x_MD) if needs_x else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        first = 0
+        with torch.autocast(x_MD.device.type, enabled=False):
+            cast_VD = weight_VD.to(dtype or weight_VD.dtype)
+            for x_RD, targets_R in _chunks(x_MD, targets_M, weight_VD):
+                x_RD = x_RD.to(dtype or x_RD.dtype)
+                grad_RV = F.linear(x_RD, cast_VD)
+                loss_R, likeliest_R = _loss_and_gradient(grad_RV, targets_R)
+                loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()
+                if needs_x:
+                    grad_x_MD[first : first + len(x_RD)] = grad_RV @ cast_VD
+                if needs_weight:
+                    grad_weight_VD += grad_RV.t() @ x_RD
+                first += len(x_RD)
+        if needs_weight:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(grad_x_MD, grad_weight_VD)
         ctx.mark_non_differentiable(likeliest)
         return loss, likeliest
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         grad_x_MD, grad_weight_VD = ctx.saved_tensors
-        return grad_x_MD * grad_loss, grad_weight_VD * grad_loss, None
+        return (
+            grad_x_MD if grad_x_MD is None else grad_x_MD * grad_loss,
+            grad_weight_VD if grad_weight_VD is None else grad_weight_VD * grad_loss,
+            None,
+            None,
+        )
+
+
+def _check(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
+    M, V = len(x_MD), len(weight_VD)
+    if targets_M.dtype != torch.long or targets_M.shape != (M,):
+        raise ValueError(
+            f"targets must be {M} int64 numbers, one for each row of x; got "
+            f"{tuple(targets_M.shape)} of {targets_M.dtype}"
+        )
+    if targets_M.device.type == "cpu" and M:  # a GPU would have to wait for the answer
+        low, high = targets_M.aminmax()
+        if low < 0 or high >= V:
+            odd = int(low) if low < 0 else int(high)
+            raise IndexError(
+                f"target {odd} is outside 0 to {V - 1}, the rows of the weight; leave rows without "
+                "a target out"
+            )
 
 
 def _zeros(x_MD: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +147,13 @@ def _compiled():
 
 def _in_c(run, logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
     (R, V), threads = logits_RV.shape, torch.get_num_threads()
+    targets_R = targets_R.contiguous()  # under a name: it must outlive the call
     loss_R, likeliest_R = torch.empty(R), torch.empty(R, dtype=torch.long)
     room = torch.empty(threads, V + _LANES)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     run(
         pointer(logits_RV.data_ptr()), number(logits_RV.dtype == torch.bfloat16), number(R),
-        number(V), pointer(targets_R.contiguous().data_ptr()), pointer(loss_R.data_ptr()),
+        number(V), pointer(targets_R.data_ptr()), pointer(loss_R.data_ptr()),
         pointer(likeliest_R.data_ptr()), pointer(room.data_ptr()), number(threads),
     )  # fmt: skip
     return loss_R, likeliest_R

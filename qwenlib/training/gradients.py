@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -16,18 +17,23 @@ class Gradients:
     losses, that of the counts, and of stats times counts.
 
     On a CPU with several micro-batches, `workers` threads (0: as many as PyTorch has) take one each
-    and share out the cores. A
+    and share out the cores; so many micro-batches and their gradients lie in memory together. A
     model of a million parameters is made of operations too short for two cores at once; two
-    operations on one core each lose nothing. The sum is taken in the order of the micro-batches, so
-    the result is that of one thread, bit for bit, whatever the number of workers. loss_fn must then
-    keep nothing between calls.
+    operations on one core each lose nothing. The sum is taken in the order of the micro-batches:
+    with one thread for each worker the result is that of a single thread, bit for bit.
+
+    loss_fn must then keep nothing between calls and draw no random numbers, and the caller's own
+    contexts of a thread (no_grad, hooks on saved tensors) do not reach it. In a process group
+    micro-batches follow each other, because its hooks belong to a plain backward pass.
     """
 
     def __init__(self, parameters: Sequence[Tensor], autocast: str = "none", workers: int = 0):
         self.parameters, self.autocast = list(parameters), autocast
         self.device = self.parameters[0].device
         self.threads = torch.get_num_threads()
-        self.workers = (workers or self.threads) if self.device.type == "cpu" else 1
+        alone = not (dist.is_available() and dist.is_initialized())
+        side_by_side = self.device.type == "cpu" and alone
+        self.workers = (workers or self.threads) if side_by_side else 1
         self.pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "Gradients":
@@ -54,7 +60,9 @@ class Gradients:
         return total, count, sums
 
     def _loss(self, model, batch, loss_fn) -> tuple[Tensor, tuple]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast == "bfloat16"):
+        # Without autocast's cache of cast weights, which all threads would share.
+        half = self.autocast == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             loss_sum, n, stats = loss_fn(model, batch)
         numbers = {key: float(value) for key, value in stats.items()}
         return loss_sum, (float(loss_sum.detach()), float(n), numbers)
@@ -69,7 +77,7 @@ class Gradients:
         share = max(1, self.threads // workers)
 
         def one(batch) -> tuple:
-            torch.set_num_threads(share)  # of this thread alone
+            torch.set_num_threads(share)  # of this thread, and of threads that start later
             loss_sum, numbers = self._loss(model, batch, loss_fn)
             return torch.autograd.grad(loss_sum, self.parameters, allow_unused=True), numbers
 

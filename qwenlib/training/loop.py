@@ -195,7 +195,7 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, config, step) -> 
 
 def _check_same(config: TrainConfig, saved: dict, state_dir: Path) -> None:
     now = dataclasses.asdict(config)
-    now.pop("workers")  # changes the time alone
+    now.pop("workers")  # changes the time and, as threads do, the rounding
     changed = sorted(key for key in now if now[key] != saved.get(key))
     if changed:
         raise ValueError(

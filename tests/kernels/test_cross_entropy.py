@@ -177,3 +177,43 @@ def test_logits_never_exist_as_a_whole():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         linear_cross_entropy(x, w, targets)
     assert sorted(kept) == sorted([x.numel(), w.numel()])
+
+
+@both_ways
+def test_targets_must_be_rows_of_the_weight(way):
+    x, w, targets = draw(5, 9)
+    for odd in (-100, -1, 9):
+        bad = targets.clone()
+        bad[3] = odd
+        with pytest.raises(IndexError, match=f"target {odd} is outside 0 to 8"):
+            linear_cross_entropy(x, w, bad)
+    for bad in (targets[:4], targets.int(), targets[:, None]):
+        with pytest.raises(ValueError, match="targets must be 5 int64 numbers"):
+            linear_cross_entropy(x, w, bad)
+
+
+@both_ways
+def test_targets_may_lie_apart(way):
+    x, w, targets = draw(6, 9)
+    want, _ = linear_cross_entropy(x, w, targets)
+    apart = torch.stack((targets, torch.full_like(targets, 7)), dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    assert torch.equal(linear_cross_entropy(x, w, apart)[0], want)
+
+
+def test_a_second_derivative_is_refused():
+    x, w, targets = draw(4, 9)
+    loss, _ = linear_cross_entropy(x, w, targets)
+    (gradient,) = torch.autograd.grad(loss * loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocasts_copy_of_the_weight_keeps_its_gradient():
+    """The same weight in the head and again in a plain product of the same autocast region."""
+    x, w, targets = draw(4, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(x, w, targets)
+        out = F.linear(x.detach(), w)
+    out.float().sum().backward()
+    assert w.grad.abs().sum() > 0

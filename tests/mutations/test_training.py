@@ -31,7 +31,7 @@ CASES = [
              "if threading.get_ident() == caller:", "if True:",
              TRAINING + "test_gradients.py::test_each_thread_records_its_own_router"),
     Mutation("gradient without the target", HEAD, "mass_RV[rows_R, targets_R] -= 1", "pass", HITS),
-    Mutation("gradient not scaled", HEAD, "return grad_x_MD * grad_loss", "return grad_x_MD", HITS),
+    Mutation("gradient not scaled", HEAD, "else grad_x_MD * grad_loss", "else grad_x_MD", HITS),
     Mutation("weight's gradient of the last rows", HEAD, "grad_weight_VD += ", "grad_weight_VD = ",
              HITS),
     Mutation("loss of the last rows", HEAD,
