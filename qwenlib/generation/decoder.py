@@ -49,7 +49,7 @@ def begin(
     cache.reorder(rows_N, max_length=room)
     real_NT = real_BT[rows_N]
     if forward is not None:
-        decoder = NativeDecoder(model, cache, real_NT, forward)
+        decoder = NativeDecoder(cache, real_NT, forward)
     elif device.type == "cuda":
         decoder = GraphedDecoder(model, cache, real_NT)
     else:
@@ -208,7 +208,7 @@ def native_forward(model: Qwen, columns: int) -> native.Forward | None:
 class NativeDecoder:
     """`Decoder` in one call of compiled code a step."""
 
-    def __init__(self, model: Qwen, cache: KVCache, real_NS: Tensor, forward: native.Forward):
+    def __init__(self, cache: KVCache, real_NS: Tensor, forward: native.Forward):
         self.cache, self.forward = cache, forward
         self.first_N = cache.length - real_NS.sum(1)
         self.rows_N = torch.arange(len(real_NS))
