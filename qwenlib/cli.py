@@ -1,4 +1,4 @@
-"""The `qwenlib` command: list, params, run, report, chat, verify, plan, bench,
+"""The `qwenlib` command: list, params, run, report, chat, verify, plan, bench, train-tokenizer,
 cards.
 
 Exit codes of `run`: 0 done, 1 a check or stage failed, 2 bad parameters, 3 something in the
@@ -430,7 +430,7 @@ def _print_costs(costs: dict[str, Any]) -> None:
 
 @app.command("bench")
 def bench_(
-    what: Annotated[str, typer.Argument(help="generate or forward")],
+    what: Annotated[str, typer.Argument(help="generate, forward or tokenizer")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     name: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
     rounds: Annotated[int, typer.Option(help="Timed rounds of a case, both sides each.")] = 9,
@@ -438,7 +438,7 @@ def bench_(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Our speed against transformers' on the same weights; above 1 ours is faster."""
+    """Our speed against the usual library's with the same output; above 1 ours is faster."""
     from qwenlib import bench
 
     def tell(line: str) -> None:
@@ -461,15 +461,87 @@ def bench_(
 def _print_bench(report: Any) -> None:
     from rich.table import Table
 
+    from qwenlib.bench.runner import rate
+
     title = f"{report.device}, {report.dtype}, {report.threads} threads; ratio > 1: ours is faster"
     table = Table("case", "what", "ours", "peer", "unit", "ratio", "95 %", "against", title=title)
     for row in report.rows:
         table.add_row(
-            row["name"], row["about"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", row["unit"],
+            row["name"], row["about"], rate(row["ours"]), rate(row["peer"]), row["unit"],
             f"{row['ratio']:.2f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
             row["peer_name"],
         )  # fmt: skip
     _console().print(table)
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    files: Annotated[
+        list[Path], typer.Argument(help="Texts: .txt (one text a file), .jsonl[.gz], .parquet.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Rows, 22 control tokens included.")] = 16384,
+    column: Annotated[str, typer.Option(help="Of .jsonl and .parquet: the texts.")] = "text",
+    workers: Annotated[int | None, typer.Option(help="Processes that count [all cores].")] = None,
+    memory_mb: Annotated[
+        int | None,
+        typer.Option(help="Bound for the tables; the rarest pre-tokens may be left out [none]."),
+    ] = None,
+    min_count: Annotated[int, typer.Option(help="A merged pair occurs so often at least.")] = 2,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder from which the same command goes on when killed.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a tokenizer in --out.")] = False,
+) -> None:
+    """Train a byte-level BPE tokenizer; writes a Hugging Face folder and tokenizer.tiktoken."""
+    import warnings
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from qwenlib.machine import cores
+    from qwenlib.tokenizer import Tokenizer, train_bpe
+    from qwenlib.tokenizer.text_files import check_files, read_texts
+
+    began = time.perf_counter()
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    try:
+        if (out / "tokenizer.json").exists() and not overwrite:
+            raise ValueError(f"{out} holds a tokenizer: give --overwrite or another folder")
+        check_files(files)
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+        ):
+            warnings.simplefilter("always")
+            task = bar.add_task("reading", total=None)
+
+            def tell(phase: str, done: int, total: int | None) -> None:
+                label = f"read {done / 1e6:,.0f} MB" if phase == "read" else f"merges {done:,}"
+                bar.update(task, completed=done, total=total, description=label)
+
+            merges = train_bpe(
+                read_texts(files, column), vocab_size, tell, min_count,
+                workers=cores() if workers is None else workers, memory_mb=memory_mb,
+                state_dir=state,
+            )  # fmt: skip
+        notes = [str(warning.message) for warning in caught]
+        tokenizer = Tokenizer.from_merges(merges)
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_tiktoken(out / "tokenizer.tiktoken")
+        tokenizer.save_pretrained(out)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        _stop(2, str(error))
+    except KeyboardInterrupt:
+        again = "; the same command goes on from here" if state else ""
+        _stop(130, f"interrupted{again}")
+    for note in notes:
+        typer.secho(f"warning: {note}", err=True, fg="yellow")
+    line = {
+        "ok": True, "folder": str(out), "vocab_size": tokenizer.vocab_size, "merges": len(merges),
+        "seconds": round(time.perf_counter() - began, 2), "warnings": notes,
+    }  # fmt: skip
+    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 @app.command()

@@ -40,13 +40,19 @@ def describe() -> Machine:
     """Look at the machine this runs on."""
     import torch
 
-    from qwenlib.notebook import cores
-
     gpu, gpu_memory = None, 0
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name(0)
         gpu_memory = torch.cuda.get_device_properties(0).total_memory
     return Machine(_processor(), cores(), _memory(), gpu, gpu_memory)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
 def _processor() -> str:

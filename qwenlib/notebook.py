@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlib import plotting, stages
+from qwenlib.machine import cores
 
 PACKAGES = (
     "torch", "numpy", "transformers", "datasets", "tokenizers", "scikit-learn", "wandb",
@@ -453,14 +454,6 @@ def seed_everything(seed: int, device: str = "auto") -> Any:
             f"(torch {torch.__version__}); use device='auto' or install a CUDA build of torch"
         )
     return torch.device("cuda" if available and device != "cpu" else "cpu")
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def peak_memory_mb(device: Any) -> float:

@@ -380,9 +380,9 @@ def test_wandb_failing_warns_once_and_the_run_goes_on(house, monkeypatch):
 
 
 def test_show_prints_the_library_source(capsys):
-    notebook.show(notebook.cores)
+    notebook.show(notebook.versions)
     shown = capsys.readouterr().out
-    assert "def cores() -> int:" in shown and "qwenlib/notebook.py" in shown
+    assert "def versions(" in shown and "qwenlib/notebook.py" in shown
 
 
 def test_cuda_without_a_gpu_is_refused(house):

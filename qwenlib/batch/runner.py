@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenlib import notebook, stages
+from qwenlib import machine, stages
 from qwenlib.batch import graph as graph_
 from qwenlib.batch import params
 from qwenlib.batch.kernels import KernelParent
@@ -373,7 +373,7 @@ def _kernel_environment() -> Iterator[None]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["WANDB_SILENT"] = "true"
     os.environ["QWENLIB_RUNNER_PID"] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(notebook.cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(machine.cores()))
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning on Python 3.11+
     paths = [str(stages.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

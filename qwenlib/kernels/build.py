@@ -26,8 +26,8 @@ _CHOICES = (
 
 
 @functools.cache
-def compiled(source: Path) -> ctypes.CDLL | None:
-    """The library of a C file; None, and PyTorch's way for the caller, without a C compiler.
+def compiled(source: Path, instead: str = "PyTorch's slower way") -> ctypes.CDLL | None:
+    """The library of a C file; None, and the way named by `instead`, without a C compiler.
 
     A warning says why. Also None, without one, with QWENLIB_NATIVE=0.
     """
@@ -37,7 +37,7 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(library_file(source)))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"{source.name} does not run here, PyTorch's slower way is taken: {error} "
+            f"{source.name} does not run here, {instead} is taken: {error} "
             "(QWENLIB_NATIVE=0 chooses it without this warning)",
             stacklevel=3,
         )

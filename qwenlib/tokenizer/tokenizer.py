@@ -1,12 +1,14 @@
 """The tokenizer: byte-level BPE plus 22 control tokens, stored as a Hugging Face folder.
 
-Encoding runs in the Rust `tokenizers` library; training, vocabulary and template are ours.
+Encoding runs in gigatoken where the pre-tokenizer is Qwen's, else in the `tokenizers` library;
+training, vocabulary and template are ours.
 """
 
 import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,10 @@ from qwenlib.tokenizer.bpe import (
 )
 from qwenlib.tokenizer.chat import CHAT_TEMPLATE, find_default_system
 from qwenlib.tokenizer.control import CONTROL_TOKENS, END_OF_TEXT, IM_END, IM_START
+from qwenlib.tokenizer.encoder import Encoder
+from qwenlib.tokenizer.normal_form import normalise
+from qwenlib.tokenizer.offsets import token_places
+from qwenlib.tokenizer.stream import StreamDecoder
 
 
 class Tokenizer:
@@ -50,6 +56,9 @@ class Tokenizer:
         for name in (END_OF_TEXT, IM_START, IM_END, eos_token, pad_token):
             if name not in self.control:
                 raise ValueError(f"tokenizer.json has no {name}: not a Qwen2.5 layout")
+        self.special_ids = frozenset(
+            token["id"] for token in tokenizer_json["added_tokens"] if token["special"]
+        )
         self.end_of_text_id: int = self.control[END_OF_TEXT]
         self.pad_token_id: int = self.control[pad_token]
         self.im_start_id: int = self.control[IM_START]
@@ -132,6 +141,27 @@ class Tokenizer:
             cls.from_tiktoken(ranks_file).save_pretrained(folder)
         return cls.from_pretrained(folder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what cannot go to another process and is made again there."""
+        made = ("_encoder", "_control_pattern")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    @cached_property
+    def _encoder(self) -> Encoder | None:
+        """The fast way, where it gives the same ids."""
+        tokenizer_json = json.loads(self._full.to_str())
+        return Encoder(tokenizer_json) if _is_qwen(tokenizer_json) else None
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern | None:
+        """Cuts a text at its control tokens; None where their flags ask for more than that."""
+        added = json.loads(self._full.to_str())["added_tokens"]
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        if self._encoder is None or any(token[flag] for token in added for flag in flags):
+            return None
+        longest_first = sorted(self.control, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
     @cached_property
     def default_system(self) -> str | None:
         """The system text of a conversation that brings none; None: no system turn is added.
@@ -139,6 +169,28 @@ class Tokenizer:
         Found by rendering the chat template; ValueError when that writes no ChatML.
         """
         return find_default_system(self.chat_template)
+
+    def save_tiktoken(self, path: str | Path) -> None:
+        """Write the regular tokens as a tiktoken rank file, which `from_tiktoken` reads.
+
+        The format keeps neither merges, pattern nor control tokens: ValueError for a tokenizer that
+        is not Qwen's in these, or whose merges do not follow from the ranks.
+        """
+        tokenizer_json = json.loads(self._full.to_str())
+        merges = _merges(tokenizer_json)
+        ranks = {_as_bytes(token): i for token, i in tokenizer_json["model"]["vocab"].items()}
+        tokens = vocabulary(merges)
+        if not (
+            _is_qwen(tokenizer_json)
+            and ranks == {token: i for i, token in enumerate(tokens)}
+            and merges_from_ranks(ranks) == merges
+        ):
+            raise ValueError(
+                "a rank file keeps tokens alone, and this tokenizer's ids do not follow from them "
+                "(another pre-tokenizer, or merges that ranks cannot tell): use save_pretrained"
+            )
+        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        _write(Path(path), b"".join(lines))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, vocab.json, merges.txt and the token map."""
@@ -190,25 +242,100 @@ class Tokenizer:
             "tokenizer.json": json.dumps(tokenizer_json, indent=2, ensure_ascii=False) + "\n",
         }
         for name, content in files.items():
-            partial = directory / f".{name}.{os.getpid()}"
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(directory / name)
+            _write(directory / name, content.encode())
 
     def encode(self, text: str, allow_control: bool = False) -> list[int]:
-        """Ids of `text`; with `allow_control` the 22 control strings become their single ids."""
-        return (self._full if allow_control else self._plain).encode(text).ids
+        """Ids of `text`; with `allow_control` the control strings become their single ids.
 
-    def encode_batch(self, texts: Iterable[str], allow_control: bool = False) -> list[list[int]]:
-        """`encode` of many texts, in parallel threads."""
-        backend = self._full if allow_control else self._plain
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
+        TypeError for anything but a str, ValueError for a lone surrogate in it.
+        """
+        if allow_control:
+            return self._encode_all([text], allow_control, parallel=False)[0]
+        normal = normalise(text)
+        if self._encoder is not None and self._encoder.can_encode(normal):
+            return self._encoder.encode(normal)
+        return self._plain.encode(text).ids  # has a normaliser of its own, or none
+
+    def encode_batch(
+        self, texts: Iterable[str], allow_control: bool = False, parallel: bool = True
+    ) -> list[list[int]]:
+        """`encode` of many texts, on every core or (parallel=False) in the calling thread.
+
+        TypeError for a single str in place of several.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode_batch takes several texts; give [text] or use encode")
+        return self._encode_all(list(texts), allow_control, parallel)
+
+    def _encode_all(self, texts: list[str], allow_control: bool, parallel: bool) -> list[list[int]]:
+        if not allow_control:
+            normal = [normalise(text) for text in texts]
+            if self._encoder is None:
+                if parallel:
+                    return [e.ids for e in self._plain.encode_batch_fast(texts)]
+                return [self.encode(text) for text in texts]
+            if all(map(self._encoder.can_encode, normal)):
+                return self._encoder.encode_all(normal, parallel)
+            return [self.encode(text) for text in texts]
+        if self._control_pattern is None:
+            for text in texts:
+                normalise(text)  # for its errors
+            return [self._full.encode(text).ids for text in texts]
+        parts = [self._control_pattern.split(text) for text in texts]
+        between = [part for split in parts for part in split if part not in self.control]
+        encoded = iter(self._encode_all(between, False, parallel))
+        out: list[list[int]] = []
+        for split in parts:
+            out.append([])
+            for part in split:
+                control = self.control.get(part)
+                out[-1] += next(encoded) if control is None else [control]
+        return out
+
+    def encode_with_offsets(
+        self, text: str, allow_control: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids as `encode` gives them, and for each token (start, end) in characters of `text`.
+
+        Tokens that share a character have the same place. Where normal form C joins characters,
+        the place covers all that were joined.
+        """
+        parts = [text]
+        if self._encoder is None or (allow_control and self._control_pattern is None):
+            normalise(text)  # for its errors
+            encoding = (self._full if allow_control else self._plain).encode(text)
+            return encoding.ids, encoding.offsets
+        if allow_control:
+            parts = self._control_pattern.split(text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for part in parts:
+            part_ids = self.encode(part, allow_control)
+            if allow_control and part in self.control:
+                places = [(0, len(part))]
+            else:
+                places = token_places(part, [self.token_bytes(i) for i in part_ids])
+            ids += part_ids
+            offsets += [(at + start, at + end) for start, end in places]
+            at += len(part)
+        return ids, offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, padded embedding rows nothing."""
-        for i in ids:
-            if i < 0:
-                raise ValueError(f"token id {i} is negative: leave out ignored labels")
-        return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        ids = list(ids)
+        _refuse_negative(ids)
+        return self._full.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind `ids`, whole characters or not; padded embedding rows give none."""
+        ids = list(ids)
+        _refuse_negative(ids)
+        return b"".join(self.token_bytes(i) for i in ids if self._full.id_to_token(i) is not None)
+
+    def stream(self, skip_special_tokens: bool = False) -> StreamDecoder:
+        """A decoder to give ids one by one: it holds back a character until it is whole."""
+        return StreamDecoder(self, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; raises ValueError outside the vocabulary."""
@@ -222,9 +349,7 @@ class Tokenizer:
     @property
     def merges(self) -> list[Merge]:
         """The merges in order, as bytes."""
-        merges = json.loads(self._full.to_str())["model"]["merges"]
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        return [(_as_bytes(left), _as_bytes(right)) for left, right in pairs]
+        return _merges(json.loads(self._full.to_str()))
 
     @property
     def vocab_size(self) -> int:
@@ -234,6 +359,21 @@ class Tokenizer:
     def __repr__(self) -> str:
         regular = self.vocab_size - len(self.control)
         return f"Tokenizer({regular:,} regular + {len(self.control)} control tokens)"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The whole file or none of it."""
+    partial = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _refuse_negative(ids: Sequence[int]) -> None:
+    if ids and min(ids) < 0:
+        raise ValueError(f"token id {min(ids)} is negative: leave out ignored labels")
 
 
 def _is_qwen(tokenizer_json: dict) -> bool:
@@ -264,6 +404,12 @@ def assemble(
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_tokens(added)
     return json.loads(backend.to_str())
+
+
+def _merges(tokenizer_json: dict) -> list[Merge]:
+    merges = tokenizer_json["model"]["merges"]
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    return [(_as_bytes(left), _as_bytes(right)) for left, right in pairs]
 
 
 def _as_text(token: bytes) -> str:

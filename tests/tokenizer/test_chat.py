@@ -1,10 +1,13 @@
-"""The template against hand-written strings and `apply_chat_template`; masks by hand."""
+"""The template against hand-written strings and the released one; masks by hand."""
 
+import importlib.util
 import itertools
+import random
+from pathlib import Path
 
 import pytest
 
-from qwenlib.tokenizer import chat, encode_chat, render
+from qwenlib.tokenizer import Tokenizer, chat, encode_chat, render
 from qwenlib.tokenizer.chat import CHAT_TEMPLATE, DEFAULT_SYSTEM
 from qwenlib.tokenizer.exercises import check_exercise_1, check_exercise_2
 
@@ -112,6 +115,142 @@ def test_ids_equal_tokenised_string(tokenizer, hf, name, prompt, tools):
     assert len(mask) == len(ids)
     ends = [i for i, m in zip(ids, mask, strict=True) if m and i == tokenizer.eos_token_id]
     assert len(ends) == sum(message["role"] == "assistant" for message in messages)
+
+
+def conversations(count):
+    """Generated conversations: roles in any order, tools, calls, results, empty texts, unicode."""
+    rng = random.Random(0)
+    words = [
+        "",
+        "x",
+        "7",
+        "Hi!",
+        " two  spaces ",
+        "über",
+        "e\u0301",
+        "你好",
+        "🙂👩🏽‍🚀",
+        "<b>&'\"</b>",
+        "a\nb",
+        "```py\nx = 1\n```\n",
+        "end\n\n",
+        "{}",
+        "\t",
+        "שלום",
+        "don't",
+        "100 %",
+        "{{ x }}",
+        "\\n",
+    ]
+
+    def text():
+        return "".join(rng.choices(words, k=rng.randint(0, 5)))
+
+    def value():
+        return rng.choice([text(), 3, -2.5, True, None, [1, text()], {"k": text()}])
+
+    def call():
+        plain = {"name": rng.choice(["add", "search"]), "arguments": {"a": value(), "ü": value()}}
+        return rng.choice([plain, {"type": "function", "id": "1", "function": plain}])
+
+    def answer():
+        calls = [call() for _ in range(rng.choice([0, 0, 1, 2]))]
+        content = text().lstrip("\n")  # an empty line at its head is a test of its own
+        if calls:
+            content = rng.choice([content, "", None])
+            return {"role": "assistant", "content": content, "tool_calls": calls}
+        return {"role": "assistant", "content": content}
+
+    def turn():
+        role = rng.choice(["user", "user", "assistant", "assistant", "tool", "system"])
+        return answer() if role == "assistant" else {"role": role, "content": text()}
+
+    for _ in range(count):
+        system = [{"role": "system", "content": text()}] * rng.randint(0, 1)
+        tools = [TOOL, {"name": "search", "description": text()}][: rng.randint(0, 2)]
+        yield [*system, *(turn() for _ in range(rng.randint(1, 7)))], tools or None
+
+
+GENERATED = list(conversations(250))
+
+
+def test_the_generated_conversations_are_mixed():
+    roles = {message["role"] for messages, _ in GENERATED for message in messages}
+    assert roles == {"system", "user", "assistant", "tool"}
+    for some in (
+        lambda messages, tools: messages[0]["role"] == "system",
+        lambda messages, tools: tools,
+        lambda messages, tools: any(m.get("tool_calls") for m in messages),
+        lambda messages, tools: any(m["role"] == "tool" for m in messages),
+        lambda messages, tools: any(m["content"] == "" for m in messages),
+        lambda messages, tools: not "".join(m["content"] or "" for m in messages).isascii(),
+    ):
+        assert 20 < sum(bool(some(*item)) for item in GENERATED) < 250
+
+
+@pytest.fixture(scope="module")
+def released_template():
+    """The template of the Qwen2.5-Instruct releases, which TRL carries to recognise it."""
+    found = importlib.util.find_spec("trl")
+    path = Path(found.origin).parent / "chat_templates" / "qwen2_5.jinja" if found else None
+    if path is None or not path.is_file():
+        pytest.skip("needs a TRL that carries the released template")
+    return path.read_text(encoding="utf-8")
+
+
+def test_generated_conversations_equal_the_released_template(hf, released_template):
+    for messages, tools in GENERATED:
+        for prompt in (False, True):
+            ours = render(messages, add_generation_prompt=prompt, tools=tools)
+            for template in (released_template, CHAT_TEMPLATE):
+                assert ours == hf.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=prompt, tokenize=False,
+                    chat_template=template,
+                )  # fmt: skip
+
+
+def test_generated_ids_and_targets(tokenizer, hf):
+    """Turn by turn equals the whole string; a turn cut off before its end has no trained end."""
+    for messages, tools in GENERATED:
+        ids, mask = encode_chat(tokenizer, messages, tools=tools)
+        assert ids == hf(render(messages, tools=tools)).input_ids
+        turns = sum(message["role"] == "assistant" for message in messages)
+        ends = [n for n, (i, m) in enumerate(zip(ids, mask)) if m and i == tokenizer.eos_token_id]
+        assert len(ends) == turns
+        # Each assistant turn's end in the whole sequence, found from the headers alone.
+        header = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+        heads = [n for n in range(len(ids)) if ids[n : n + len(header)] == header]
+        assert [ids.index(tokenizer.eos_token_id, n) for n in heads] == ends
+        for n, end in zip(heads, ends, strict=True):
+            first = n + len(header)
+            assert mask[n : end + 2] == [0] * len(header) + [1] * (end + 1 - first) + [0]
+        assert sum(mask) == sum(end + 1 - n - len(header) for n, end in zip(heads, ends))
+
+
+def test_conversation_by_hand_without_fixtures():
+    """Every kind of turn with its targets in brackets."""
+    tokenizer = Tokenizer.from_merges([])
+    call = {"name": "f", "arguments": {"a": "ü"}}
+    messages = [
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "A", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": ""},
+    ]
+    ids, mask = encode_chat(tokenizer, messages)
+    shown = "".join(
+        "[" * (m and not before)
+        + "]" * (before and not m)
+        + tokenizer.decode_bytes([i]).decode("latin-1")
+        for i, m, before in zip(ids, mask, [0, *mask], strict=False)
+    )
+    assert shown.encode("latin-1").decode() == (
+        f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+        '<|im_start|>assistant\n[A\n<tool_call>\n{"name": "f", "arguments": {"a": "ü"}}\n'
+        "</tool_call><|im_end|>]\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n"
+        "<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n[<|im_end|>]\n"
+    )
 
 
 def check_mask_by_hand(tokenizer):

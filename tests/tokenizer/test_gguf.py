@@ -13,6 +13,7 @@ import regex
 
 from qwenlib.tokenizer import CONTROL_TOKENS, Tokenizer, bpe, encode_chat, render
 from qwenlib.tokenizer.chat import CHAT_TEMPLATE, DEFAULT_SYSTEM, find_default_system
+from qwenlib.tokenizer.trainer import count_pretokens, merges_from_counts
 from tests.model.gguf_files import store, write_gguf
 from tests.tokenizer.conftest import CODE, LANGUAGES
 
@@ -47,9 +48,9 @@ def samples():
 @functools.cache
 def merges():
     """Merges in which digits have joined one another and the space before them."""
-    counts = bpe.count_pretokens([CODE, *LANGUAGES.values()] * 3)
+    counts = count_pretokens([CODE, *LANGUAGES.values()] * 3)
     counts += Counter({b"12": 90, b" 1": 80, b"2024": 70, b"\xc2\xb2": 60, b"'S": 50, b" <": 50})
-    return bpe.merges_from_counts(counts, 700)
+    return merges_from_counts(counts, 700)
 
 
 def texts(tokens):
