@@ -60,7 +60,7 @@ def record_bench(files: list[Path]) -> None:
         reports = [json.loads(path.read_text()) for path in files]
     else:
         reports = []
-        for kind in ("generate", "forward"):
+        for kind in ("forward", "generate", "tokenizer"):
             command = [sys.executable, "-m", "qwenlib", "bench", kind, "--json"]
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
@@ -164,19 +164,22 @@ def seed_table(seeds: list[dict]) -> list[str]:
 
 def bench_table(record: dict) -> list[str]:
     """RESULTS: rates of both sides and their ratio, one row a case."""
-    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers"))
+    from qwenlib.bench.runner import rate
+
+    names = ("torch", "transformers", "tokenizers")
+    versions = ", ".join(f"{n} {record['versions'][n]}" for n in names if n in record["versions"])
     lines = [
         f"{record['platform']}, {record['device']}, {record['threads']} threads, "
         f"{record['dtype']}; {versions}.",
         "",
-        "| case | what | ours (tokens/s) | peer (tokens/s) | ours / peer | 95 % interval | peer |",
-        "|---|---|---|---|---|---|---|",
+        "| case | what | ours | peer | unit | ours / peer | 95 % interval | peer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
+        interval = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
         lines.append(
-            f"| {row['name']} | {row['about']} | {row['ours']:,.0f} | {row['peer']:,.0f} | "
-            f"{row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f} | "
-            f"{row['peer_name']} |"
+            f"| {row['name']} | {row['about']} | {rate(row['ours'])} | {rate(row['peer'])} | "
+            f"{row['unit']} | {row['ratio']:.2f} | {interval} | {row['peer_name']} |"
         )
     for row in record["rows"]:
         if "bandwidth_fraction" in row:

@@ -25,28 +25,35 @@ class SkipCase(RuntimeError):
 class Task:
     """Two ways to the same output.
 
-    peers: label -> call; the runner keeps the fastest. tokens: produced or read by one call.
-    difference: (ours, theirs) -> "" or what differs. step_bytes, steps: bytes of weights that one
-    decoding step reads, and steps of a call, where the share of memory bandwidth means something.
+    peers: label -> call; the runner keeps the fastest. amount: produced or read by one call, and
+    unit, its rate's. difference: (ours, theirs) -> "" or what differs. step_bytes, steps: bytes of
+    weights that one decoding step reads, and steps of a call, where the share of memory bandwidth
+    means something. library: whose the peers are.
     """
 
     ours: Callable[[], Any]
     peers: dict[str, Callable[[], Any]]
-    tokens: int
+    amount: float
     difference: Callable[[Any, Any], str]
     step_bytes: int = 0
     steps: int = 0
+    unit: str = "tokens/s"
+    library: str = "transformers"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A named task; `sizes` are the keyword arguments of `make(device, dtype, **sizes)`."""
+    """A named task; `sizes` are the keyword arguments of `make(device, dtype, **sizes)`.
+
+    most_rounds: for a case of which one round takes long.
+    """
 
     name: str
-    kind: str  # "generate" or "forward"
+    kind: str  # one of runner.KINDS
     about: str
     make: Callable[..., Task]
     sizes: dict[str, Any] = field(default_factory=dict)
+    most_rounds: int | None = None
 
     def resized(self, **sizes: Any) -> "Case":
         return replace(self, sizes={**self.sizes, **sizes})
@@ -109,7 +116,7 @@ def decode(
     return Task(
         ours=ours,
         peers={"dynamic cache": theirs("dynamic"), "static cache": theirs("static")},
-        tokens=rows * samples * new_tokens,
+        amount=rows * samples * new_tokens,
         difference=difference,
         step_bytes=weight_bytes(net) if bandwidth else 0,
         steps=new_tokens,

@@ -16,7 +16,7 @@ from qwenlib.bench.timing import compare, seconds_of
 from qwenlib.notebook import seed_everything, versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = ("generate", "forward")
+KINDS = ("generate", "forward", "tokenizer")
 
 
 class BenchError(ValueError):
@@ -27,9 +27,9 @@ class BenchError(ValueError):
 class Report:
     """Rows of measurements and what they were taken with.
 
-    Each row: name, about, unit ("tokens/s"), ours and peer (median rates), peer_name, ratio (the
-    median of the rounds' own ratios; above 1 ours is faster), ratio_low and ratio_high (its 95 %
-    interval), rounds, and for single-stream decoding bandwidth_fraction.
+    Each row: name, about, unit ("tokens/s" or "MB/s"), ours and peer (median rates), peer_name,
+    ratio (the median of the rounds' own ratios; above 1 ours is faster), ratio_low and ratio_high
+    (its 95 % interval), rounds, and for single-stream decoding bandwidth_fraction.
     skipped, refused: case -> why; a refused case computes something else than its peer.
     """
 
@@ -99,7 +99,7 @@ def run(
                 tell(f"  refused, the outputs differ: {reason}")
             else:
                 report.rows.append(row)
-                tell(f"  {row['ours']:,.0f} against {row['peer']:,.0f} {row['unit']}: "
+                tell(f"  {rate(row['ours'])} against {rate(row['peer'])} {row['unit']}: "
                      f"{row['ratio']:.2f}x ({row['peer_name']})")  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -114,7 +114,7 @@ def measure(
         task = case.make(device, dtype, **case.sizes)
         expected = task.ours()
         for label, peer in task.peers.items():
-            refuse(_prefixed(label, task.difference(expected, peer())))
+            refuse(_prefixed(f"{task.library} with {label}", task.difference(expected, peer())))
         del expected
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         label = next(iter(task.peers))
@@ -124,15 +124,16 @@ def measure(
                 for key, peer in task.peers.items()
             }
             label = min(trials, key=trials.__getitem__)
+        rounds = min(rounds, case.most_rounds or rounds)
         times = compare(task.ours, task.peers[label], rounds, wait=wait)
     row = {
         "name": case.name,
         "about": case.about,
-        "ours": task.tokens / times.ours,
-        "peer": task.tokens / times.peer,
-        "peer_name": f"transformers, {label}",
+        "ours": task.amount / times.ours,
+        "peer": task.amount / times.peer,
+        "peer_name": f"{task.library}, {label}",
         "ratio": times.ratio,
-        "unit": "tokens/s",
+        "unit": task.unit,
         "ratio_low": times.ratio_low,
         "ratio_high": times.ratio_high,
         "rounds": times.rounds,
@@ -143,8 +144,13 @@ def measure(
     return row
 
 
+def rate(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _prefixed(label: str, difference: str) -> str:
-    return f"transformers with {label}: {difference}" if difference else ""
+    return f"{label}: {difference}" if difference else ""
 
 
 @contextlib.contextmanager

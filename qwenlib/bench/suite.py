@@ -6,6 +6,8 @@ import torch
 
 from qwenlib.bench.cases import Case, SkipCase, decode, forward, prefill, train
 from qwenlib.bench.models import draw
+from qwenlib.bench.text import encode
+from qwenlib.bench.text import train as train_tokenizer
 from qwenlib.model import Qwen, QwenConfig
 from qwenlib.model.presets import PRESETS
 
@@ -54,6 +56,7 @@ def mixture(device: torch.device, dtype: torch.dtype) -> Qwen:
 
 _small, _medium = partial(draw, SMALL, 0), partial(draw, MEDIUM, 0)
 _BATCH = {"rows": 32, "prompt_tokens": (8, 24), "new_tokens": 64}
+_TEXT = {"code": 2, "prose": 2, "languages": 1}  # MB of each source
 _SINGLE = {"rows": 1, "prompt_tokens": (32, 32), "bandwidth": True}
 
 CASES = (
@@ -90,4 +93,14 @@ CASES = (
          {"model": mixture, "rows": 8, "tokens": 256}),
     Case("train-moe", "forward", "forward and backward, 8 x 256 tokens, 16 experts", train,
          {"model": mixture, "rows": 8, "tokens": 256}),
+    Case("encode-each", "tokenizer", "5 MB of documents, one call each, one thread", encode,
+         {"megabytes": _TEXT, "library": "transformers", "batch": False}),
+    Case("encode-batch", "tokenizer", "5 MB of documents in one call", encode,
+         {"megabytes": _TEXT, "library": "tokenizers", "batch": True}),
+    Case("encode-each-rust", "tokenizer", "5 MB of documents, one call each, one thread", encode,
+         {"megabytes": _TEXT, "library": "tokenizers", "batch": False}),
+    Case("encode-batch-transformers", "tokenizer", "5 MB of documents in one call", encode,
+         {"megabytes": _TEXT, "library": "transformers", "batch": True}),
+    Case("train-16k", "tokenizer", "16,384 rows from 50 MB of source and manuals", train_tokenizer,
+         {"megabytes": 50, "vocab_size": 16_384}, most_rounds=5),
 )  # fmt: skip

@@ -55,7 +55,7 @@ def test_two_reports_become_one_record_and_one_table(tool, tmp_path, monkeypatch
     record = json.loads((tmp_path / "records" / "bench_cpu.json").read_text())
     assert [row["name"] for row in record["rows"]] == ["decode", "train"]
     text = (tmp_path / "RESULTS.md").read_text()
-    line = "two rows | 3,000 | 1,000 | 2.96 | 2.50 to 3.25 | transformers, sdpa |"
+    line = "two rows | 3,000 | 1,000 | tokens/s | 2.96 | 2.50 to 3.25 | transformers, sdpa |"
     assert f"| decode | {line}" in text and f"| train | {line}" in text and "old" not in text
     assert "a CPU, Linux, cpu, 2 threads, float32; torch 2, transformers 5." in text
     assert "train reads its weights at 51.0 % of the 30 GB/s of a large copy." in text
