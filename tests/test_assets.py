@@ -112,6 +112,7 @@ def files_left(asset):
 def test_registry_is_complete_and_well_formed():
     expected = {
         "qwen-vocabulary",
+        "gpt2-vocabulary",
         "smollm2-135m-instruct",
         "human-eval",
         "django-locale",

@@ -1,11 +1,14 @@
 """Checkers of the exercises in chapter 02; they accept any correct answer."""
 
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
-from qwenlib.tokenizer.bpe import Merge, count_pretokens, merge_steps, merges_from_counts
+from qwenlib.tokenizer.bpe import Merge, merge_steps
 from qwenlib.tokenizer.chat import encode_chat
 from qwenlib.tokenizer.tokenizer import Tokenizer
+from qwenlib.tokenizer.trainer import count_pretokens, readable_merges
 
 _TEXT = (
     "She sells sea shells on the sea shore; the shells she sells are sea shells, I'm sure. "
@@ -31,7 +34,7 @@ def check_exercise_1(answer: Callable[[bytes, list[Merge]], list[bytes] | None])
         got = answer(word, list(merges))
         assert got == expected, f"{word!r} with {merges}: {got}, expected {expected}: {hint}"
     counts = count_pretokens([_TEXT])
-    merges = merges_from_counts(counts, 300)
+    merges = readable_merges(counts, 300)
     ranks = {pair: i for i, pair in enumerate(merges)}
     rng = random.Random(0)
     noise = [bytes(rng.choices(b"shel aore", k=12)) for _ in range(50)]
@@ -43,7 +46,7 @@ def check_exercise_1(answer: Callable[[bytes, list[Merge]], list[bytes] | None])
 
 def check_exercise_2(answer: Callable[[Sequence[int], Tokenizer], list[int] | None]) -> None:
     """Check `answer(ids, tokenizer) -> mask`, the target mask read off the ids of a chat."""
-    tokenizer = Tokenizer.from_merges(merges_from_counts(count_pretokens([_TEXT]), 300))
+    tokenizer = Tokenizer.from_merges(readable_merges(count_pretokens([_TEXT]), 300))
     question = {"role": "user", "content": "3 + 4 = ?"}
     reply = {"role": "assistant", "content": "7"}
     system = {"role": "system", "content": "sea shells"}
@@ -72,3 +75,76 @@ def check_exercise_2(answer: Callable[[Sequence[int], Tokenizer], list[int] | No
             f"{tokenizer.decode(ids)!r}\n got {got}\nwant {mask}\nhint: {hint}"
         )
     print("Exercise 2: correct.")
+
+
+def check_exercise_3(answer: Callable[[dict[bytes, int], int], list[Merge] | None]) -> None:
+    """Check `answer(counts, n_merges) -> merges`, BPE training; any order among ties is right.
+
+    On 3,000 words it must take less than half the time of counting all pairs every time.
+    """
+    if answer({b"ab": 1}, 1) is None:
+        print("Exercise 3: not solved yet.")
+        return
+    rng = random.Random(0)
+    by_hand = [
+        ({b"xy": 1, b"xyz": 1, b"ab": 5}, 2, "a word counts as often as it occurs"),
+        ({b"aaaa": 3, b"ab": 5}, 2, "aaaa holds the pair (a, a) three times: overlaps count"),
+        ({b"abab": 2, b"ab": 1, b"x": 9}, 2, "after (a, b) comes (ab, ab); x has no pair"),
+        ({bytes(rng.choices(b"ab", k=9)): 1 + n % 3 for n in range(40)}, 25, "many ties"),
+        (dict(Counter(count_pretokens([_TEXT]))), 40, "an English text"),
+    ]
+    for counts, n_merges, hint in by_hand:
+        _check_merges(answer(dict(counts), n_merges), counts, n_merges, hint)
+    counts = _many_words(3_000)
+    began = time.process_time()
+    merges = answer(dict(counts), 80)
+    yours, began = time.process_time() - began, time.process_time()
+    _check_merges(merges, counts, 80, "3,000 different words")
+    naive = time.process_time() - began
+    assert yours < naive / 2, (
+        f"right, but {yours:.2f} s for 3,000 words; counting everything again after each merge "
+        f"takes {naive:.2f} s. Hint: keep for every pair the words that hold it"
+    )
+    print(f"Exercise 3: correct, {naive / yours:.0f} times as fast as counting everything again.")
+
+
+def _check_merges(
+    merges: Sequence[Merge] | None, counts: Mapping[bytes, int], n_merges: int, hint: str
+) -> None:
+    """Replay `merges`, counting every pair again at each step: each must be a most frequent one."""
+    assert merges is not None and len(merges) == n_merges, (
+        f"{len(merges or [])} merges instead of {n_merges}: {hint}"
+    )
+    words = {tuple(bytes([b]) for b in word): n for word, n in counts.items()}
+    for step, merge in enumerate(map(tuple, merges)):
+        pairs: Counter[Merge] = Counter()
+        for parts, n in words.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += n
+        best, most = pairs.most_common(1)[0]
+        assert pairs[merge] == most, (
+            f"merge {step + 1} is {merge}, counted {pairs[merge]} times; {best} is counted {most} "
+            f"times: {hint}"
+        )
+        words = {_joined(parts, merge): n for parts, n in words.items()}
+
+
+def _joined(parts: tuple[bytes, ...], pair: Merge) -> tuple[bytes, ...]:
+    out, i = [], 0
+    while i < len(parts):
+        both = parts[i : i + 2] == pair
+        out.append(parts[i] + parts[i + 1] if both else parts[i])
+        i += 2 if both else 1
+    return tuple(out)
+
+
+def _many_words(n: int) -> dict[bytes, int]:
+    """Made-up words of frequent syllables, with frequencies that fall as 1 / rank."""
+    rng = random.Random(1)
+    syllables = [a + b for a in "tsnrlkmd" for b in "aeiou"]
+    weights = [1 / (i + 1) for i in range(len(syllables))]
+    words: dict[bytes, int] = {}
+    while len(words) < n:
+        word = " " + "".join(rng.choices(syllables, weights, k=rng.randint(2, 5)))
+        words.setdefault(word.encode(), 1 + 20 * n // (len(words) + 1))
+    return words
