@@ -44,6 +44,15 @@ def test_qwenlib_commands_are_accepted(command, tmp_path):
         words = [words[0], "--help"]
     elif words[0] == "run" and "--dry-run" not in words:
         words.append("--dry-run")
+    elif words[0] == "train-tokenizer":
+        # On a file of its own, and small.
+        text = tmp_path / "texts.jsonl"
+        text.write_text('{"text": "the theme of the thesis, the other theory "}\n' * 3)
+        values = {
+            "texts/*.jsonl": text, "16384": "285", "my-tokenizer": tmp_path / "out",
+            "my-tokenizer.state": tmp_path / "state",
+        }  # fmt: skip
+        words = [str(values.get(word, word)) for word in words]
     done = subprocess.run(
         [sys.executable, "-m", "qwenlib", *words], cwd=ROOT, capture_output=True, text=True,
         timeout=120,
@@ -65,10 +74,21 @@ def test_papermill_parameters_exist():
 
 @pytest.mark.skipif(not RUN, reason="needs a finished walk: set QWENLIB_RUN to its folder")
 def test_python_block_runs(capsys):
-    (code,) = blocks("python")
-    code = code.replace("runs/walkthrough", RUN)
+    code = blocks("python")[0].replace("runs/walkthrough", RUN)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.network
+def test_tokenizer_block_runs(capsys):
+    from qwenlib.assets import AssetError
+
+    _, code = blocks("python")
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+    except AssetError as error:
+        pytest.skip(f"the real vocabulary cannot be fetched: {str(error).splitlines()[0]}")
+    assert capsys.readouterr().out == "naïve 😀\n"
 
 
 def recorder():

@@ -72,11 +72,14 @@ def record_bench(files: list[Path]) -> None:
 
 def join_bench(reports: list[dict]) -> dict:
     """One report of several; exits when they differ in anything that speed depends on."""
-    record = dict(reports[0], rows=[], skipped={})
+    record = dict(reports[0], rows=[], skipped={}, versions=dict(reports[0]["versions"]))
     for report in reports:
-        for key in ("device", "dtype", "threads", "platform", "versions"):
+        for key in ("device", "dtype", "threads", "platform"):
             if report[key] != record[key]:
                 sys.exit(f"the reports differ in {key}: {record[key]} and {report[key]}")
+        for name, version in report["versions"].items():
+            if record["versions"].setdefault(name, version) != version:
+                sys.exit(f"the reports differ in the version of {name}")
         if report["refused"]:
             sys.exit(f"outputs differ, so nothing is recorded: {report['refused']}")
         record["rows"] += report["rows"]
@@ -166,7 +169,7 @@ def bench_table(record: dict) -> list[str]:
     """RESULTS: rates of both sides and their ratio, one row a case."""
     from qwenlib.bench.runner import rate
 
-    names = ("torch", "transformers", "tokenizers")
+    names = ("torch", "transformers", "tokenizers", "gigatoken")
     versions = ", ".join(f"{n} {record['versions'][n]}" for n in names if n in record["versions"])
     lines = [
         f"{record['platform']}, {record['device']}, {record['threads']} threads, "

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,7 +86,11 @@ def run(
             threads=torch.get_num_threads(),
             bandwidth_gb_s=machine.copy_speed(256, 5, where) / 1e9,
             platform=f"{machine.describe().processor}, {platform.system()}",
-            versions={"python": platform.python_version(), **versions()},
+            versions={
+                "python": platform.python_version(),
+                **versions(),
+                "gigatoken": importlib.metadata.version("gigatoken"),
+            },
         )
         for case in cases:
             tell(f"{case.name}: {case.about}")

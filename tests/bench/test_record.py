@@ -70,7 +70,11 @@ def test_a_gpu_has_a_record_of_its_own(tool, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"threads": 1}, "differ in threads"), ({"refused": {"x": "row 1"}}, "outputs differ")],
+    [
+        ({"threads": 1}, "differ in threads"),
+        ({"versions": {"torch": "2", "transformers": "6"}}, "version of transformers"),
+        ({"refused": {"x": "row 1"}}, "outputs differ"),
+    ],
 )
 def test_reports_that_do_not_belong_together_are_refused(
     tool, tmp_path, monkeypatch, changes, message

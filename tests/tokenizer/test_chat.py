@@ -225,6 +225,9 @@ def test_generated_ids_and_targets(tokenizer, hf):
             first = n + len(header)
             assert mask[n : end + 2] == [0] * len(header) + [1] * (end + 1 - first) + [0]
         assert sum(mask) == sum(end + 1 - n - len(header) for n, end in zip(heads, ends))
+        for cut in range(0, len(ids), 7):
+            trained = [i for i, m in zip(ids[:cut], mask[:cut]) if m].count(tokenizer.eos_token_id)
+            assert trained == sum(end < cut for end in ends)
 
 
 def test_conversation_by_hand_without_fixtures():
