@@ -8,6 +8,7 @@ environment is missing, 130 interrupted. Messages go to stderr; the last line on
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -445,6 +446,10 @@ def bench_(
         typer.secho(line, err=True)
 
     try:
+        if what == "tokenizer":
+            if dtype != "float32" or device == "cuda":
+                raise ValueError("bench tokenizer runs on the CPU: leave out --dtype and --device")
+            device = "cpu"
         report = bench.run(
             bench.select(what, name), rounds=rounds, threads=threads, dtype=dtype, device=device,
             tell=tell,
@@ -474,6 +479,16 @@ def _print_bench(report: Any) -> None:
     _console().print(table)
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise before the work and not after it when a folder cannot be written."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, {folder} cannot be a folder")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{there} cannot be written")
+
+
 @app.command("train-tokenizer")
 def train_tokenizer(
     files: Annotated[
@@ -485,7 +500,7 @@ def train_tokenizer(
     workers: Annotated[int | None, typer.Option(help="Processes that count [all cores].")] = None,
     memory_mb: Annotated[
         int | None,
-        typer.Option(help="Bound for the tables; the rarest pre-tokens may be left out [none]."),
+        typer.Option(help="Bound for tables; the rarest pre-tokens may be left out [no bound]."),
     ] = None,
     min_count: Annotated[int, typer.Option(help="A merged pair occurs so often at least.")] = 2,
     state: Annotated[
@@ -508,6 +523,9 @@ def train_tokenizer(
     try:
         if (out / "tokenizer.json").exists() and not overwrite:
             raise ValueError(f"{out} holds a tokenizer: give --overwrite or another folder")
+        if state is not None and state.resolve() == out.resolve():
+            raise ValueError(f"--state and --out are both {out}: give two folders")
+        _check_folder(out)
         check_files(files)
         with (
             warnings.catch_warnings(record=True) as caught,

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from qwenlib.assets import AssetError
 from qwenlib.bench.cases import SkipCase, Task, tokens_differ
 from qwenlib.data.corpora import documents
-from qwenlib.tokenizer import Tokenizer
+from qwenlib.tokenizer import CONTROL_TOKENS, Tokenizer, train_bpe
+from qwenlib.tokenizer.bpe import as_text
+from qwenlib.tokenizer.tokenizer import qwen_pipeline
 
 _ENDINGS = {".py", ".pyi", ".md", ".rst", ".txt", ".po", ".ipynb", ".js", ".css", ".html", ".h"}
 
@@ -24,8 +27,11 @@ def encode(device, dtype, *, megabytes: dict[str, float], library: str, batch: b
     texts in one call on every thread, else one call a text.
     """
     _limit_threads()
-    texts = [d.text for name, mb in megabytes.items() for d in documents(name, mb)]
-    tokenizer = _real()
+    try:
+        texts = [d.text for name, mb in megabytes.items() for d in documents(name, mb)]
+        tokenizer = Tokenizer.from_asset()
+    except (AssetError, OSError) as error:
+        raise SkipCase(f"needs the real vocabulary and texts: {error}") from error
     backend, wrapped = _peers(tokenizer)
     ours: Callable[[], Any] = (
         (lambda: tokenizer.encode_batch(texts))
@@ -52,12 +58,8 @@ def encode(device, dtype, *, megabytes: dict[str, float], library: str, batch: b
 
 def train(device, dtype, *, megabytes: float, vocab_size: int) -> Task:
     """Text to merges, pre-tokenization included; both sides on every thread."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
-
-    from qwenlib.tokenizer.bpe import PRETOKEN_PATTERN
-    from qwenlib.tokenizer.control import CONTROL_TOKENS
-    from qwenlib.tokenizer.trainer import train_bpe
+    from tokenizers import models, pre_tokenizers, trainers
 
     _limit_threads()
     texts = list(installed_text(megabytes))
@@ -65,11 +67,7 @@ def train(device, dtype, *, megabytes: float, vocab_size: int) -> Task:
 
     def theirs() -> list[list[str]]:
         backend = Backend(models.BPE())
-        backend.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(PRETOKEN_PATTERN), "isolated")
-        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
-        backend.decoder = decoders.ByteLevel()
+        backend.normalizer, backend.pre_tokenizer = qwen_pipeline()
         backend.train_from_iterator(
             texts,
             trainers.BpeTrainer(
@@ -83,7 +81,7 @@ def train(device, dtype, *, megabytes: float, vocab_size: int) -> Task:
 
     def ours() -> list[list[str]]:
         merges = train_bpe(texts, vocab_size, workers=threads)
-        return [[_as_text(left), _as_text(right)] for left, right in merges]
+        return [[as_text(left), as_text(right)] for left, right in merges]
 
     return Task(
         ours, {"BpeTrainer": theirs}, sum(len(text.encode()) for text in texts) / 1e6,
@@ -119,15 +117,6 @@ def _limit_threads() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 
-def _real() -> Tokenizer:
-    from qwenlib.assets import AssetError
-
-    try:
-        return Tokenizer.from_asset()
-    except (AssetError, OSError) as error:
-        raise SkipCase(f"needs the real vocabulary: {error}") from error
-
-
 def _peers(tokenizer: Tokenizer) -> tuple[Any, Any]:
     """The same vocabulary in `tokenizers` and in transformers' Qwen2 class."""
     import tempfile
@@ -145,9 +134,3 @@ def _peers(tokenizer: Tokenizer) -> tuple[Any, Any]:
             tuple(m.split(" ") if isinstance(m, str) else m) for m in content["model"]["merges"]
         ]
     return backend, Qwen2Tokenizer(vocab=vocab, merges=merges)
-
-
-def _as_text(token: bytes) -> str:
-    from qwenlib.tokenizer.bpe import BYTE_TO_CHAR
-
-    return "".join(BYTE_TO_CHAR[b] for b in token)

@@ -3,7 +3,6 @@
 Shapes: B prompts, N = B * samples rows, T time, S cache, V vocabulary.
 """
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor
 from qwenlib.generation.decoder import begin
 from qwenlib.generation.sampling import Sampling, choose, penalise
 from qwenlib.model.transformer import Qwen
+from qwenlib.tokenizer.stream import StreamDecoder
 
 # Steps between two looks at which rows have stopped. Looking makes the host wait for a GPU.
 _LOOK_CPU, _LOOK_GPU = 1, 16
@@ -99,13 +99,11 @@ def stream_text(tokenizer, tokens: Iterable[int], hidden: Iterable[int] = ()) ->
 
     Tokens in `hidden` (stop tokens) are left out. What is no UTF-8 becomes U+FFFD.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    hidden = set(hidden)
+    stream, hidden = StreamDecoder(tokenizer), set(hidden)
     for token in tokens:
-        if token not in hidden:
-            if text := decoder.decode(tokenizer.token_bytes(token)):
-                yield text
-    if text := decoder.decode(b"", final=True):
+        if token not in hidden and (text := stream.push(token)):
+            yield text
+    if text := stream.finish():
         yield text
 
 

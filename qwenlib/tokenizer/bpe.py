@@ -41,6 +41,16 @@ BYTE_TO_CHAR: dict[int, str] = {
 CHAR_TO_BYTE: dict[str, int] = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
+def as_text(token: bytes) -> str:
+    """A token as tokenizer.json and merges.txt write it."""
+    return "".join(BYTE_TO_CHAR[b] for b in token)
+
+
+def as_bytes(token: str) -> bytes:
+    """The bytes of a token that `as_text` wrote; KeyError for another character."""
+    return bytes(CHAR_TO_BYTE[char] for char in token)
+
+
 def pretokenize(text: str) -> list[str]:
     """Split NFC-normalised `text` into pre-tokens; joined again they are the normalised text.
 

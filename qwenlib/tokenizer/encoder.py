@@ -5,6 +5,8 @@ import re
 import threading
 from typing import Any
 
+from qwenlib.tokenizer.bpe import CHAR_TO_BYTE
+
 # Letters and digits of Unicode 17. gigatoken knows them, the `tokenizers` library does not yet, so
 # the two would cut texts with them at different places.
 _YOUNG = re.compile(
@@ -17,16 +19,39 @@ _YOUNG = re.compile(
 )
 
 
+# gigatoken remembers every pre-token it has met, some 135 bytes for each that is new, and never
+# forgets. After so many characters the encoder begins anew; random text fills some GB by then.
+_RENEW = 200_000_000
+
+
 class Encoder:
     """Ids of normalised text, for a tokenizer.json with Qwen's pre-tokenizer."""
 
     def __init__(self, tokenizer_json: dict[str, Any]):
+        # It has younger tables of normal form C, too: texts come in that form already.
+        self._source = json.dumps({**tokenizer_json, "added_tokens": [], "normalizer": None})
+        self._lock = threading.Lock()  # its cache lets in one caller at a time
+        self._begin()
+
+    def _begin(self) -> None:
         from gigatoken import Tokenizer
 
-        # It has younger tables of normal form C, too: texts come in that form already.
-        plain = {**tokenizer_json, "added_tokens": [], "normalizer": None}
-        self._core = Tokenizer.from_json(json.dumps(plain))
-        self._lock = threading.Lock()  # it has a cache and refuses a second caller
+        self._core, self._seen = Tokenizer.from_json(self._source), 0
+
+    def _count(self, characters: int) -> None:
+        self._seen += characters
+        if self._seen > _RENEW:
+            self._begin()
+
+    @staticmethod
+    def can_build(tokenizer_json: dict[str, Any]) -> bool:
+        """Whether the model is BPE over all 256 bytes and nothing else."""
+        model = tokenizer_json["model"]
+        more = (
+            "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+            "byte_fallback", "ignore_merges",
+        )  # fmt: skip
+        return not any(map(model.get, more)) and all(c in model["vocab"] for c in CHAR_TO_BYTE)
 
     @staticmethod
     def can_encode(text: str) -> bool:
@@ -36,9 +61,11 @@ class Encoder:
     def encode(self, text: str) -> list[int]:
         """Ids of a text that `can_encode` accepts."""
         with self._lock:
+            self._count(len(text))
             return self._core.encode(text).tolist()
 
     def encode_all(self, texts: list[str], parallel: bool) -> list[list[int]]:
         """Ids of several such texts, in this thread or on every core (but in a worker process)."""
         with self._lock:
+            self._count(sum(map(len, texts)))
             return self._core.encode_batch_list(texts, parallel=None if parallel else False)

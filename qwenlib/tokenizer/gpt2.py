@@ -11,8 +11,9 @@ import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from qwenlib.tokenizer.bpe import BYTE_TO_CHAR, CHAR_TO_BYTE, Merge, vocabulary
+from qwenlib.tokenizer.bpe import Merge, as_bytes, as_text, vocabulary
 from qwenlib.tokenizer.control import END_OF_TEXT
+from qwenlib.tokenizer.normal_form import check_text
 
 # Digits stay together, only a space may open a word, and a line end is white space like any other.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,8 +34,8 @@ class GPT2Tokenizer:
 
     def __init__(self, merges: Sequence[Merge], pattern: str = GPT2_PATTERN) -> None:
         self._tokens = vocabulary(merges)
-        vocab = {_as_text(token): i for i, token in enumerate(self._tokens)}
-        pairs = [(_as_text(left), _as_text(right)) for left, right in merges]
+        vocab = {as_text(token): i for i, token in enumerate(self._tokens)}
+        pairs = [(as_text(left), as_text(right)) for left, right in merges]
         self._backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -51,7 +52,8 @@ class GPT2Tokenizer:
         return cls(read_merges(assets.fetch("gpt2-vocabulary")))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Ids of `text`. TypeError for anything but a str, ValueError for a lone surrogate."""
+        check_text(text)
         return self._backend.encode(text).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -60,6 +62,7 @@ class GPT2Tokenizer:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and where each token stands in `text`: (start, end) in characters."""
+        check_text(text)
         encoding = self._backend.encode(text)
         return encoding.ids, encoding.offsets
 
@@ -93,15 +96,7 @@ def read_merges(path: str | Path) -> list[Merge]:
             continue
         try:
             left, right = line.split(" ")
-            merges.append((_as_bytes(left), _as_bytes(right)))
+            merges.append((as_bytes(left), as_bytes(right)))
         except (ValueError, KeyError):
             raise ValueError(f"{path}, line {number}: not two tokens: {line[:40]!r}") from None
     return merges
-
-
-def _as_text(token: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[b] for b in token)
-
-
-def _as_bytes(token: str) -> bytes:
-    return bytes(CHAR_TO_BYTE[char] for char in token)

@@ -15,7 +15,7 @@ def token_places(text: str, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
     # For each byte of the normal form, the place of its character.
     at_byte = [
         place
-        for character, place in zip(normalise(text), character_places(text))
+        for character, place in zip(normalise(text), character_places(text), strict=True)
         for _ in character.encode()
     ]
     places, begin = [], 0
@@ -46,7 +46,8 @@ def character_places(text: str) -> list[tuple[int, int]]:
 
 def _cut_before(text: str, begin: int, at: int) -> bool:
     """Whether text[begin:at] has its normal form whatever follows."""
-    if unicodedata.combining(text[at]):
+    # Not the character's own class: some are of class 0 and fall apart into marks.
+    if unicodedata.combining(unicodedata.normalize("NFD", text[at])[0]):
         return False
     before = text[begin:at]
     return normalise(before + text[at]) == normalise(before) + normalise(text[at])

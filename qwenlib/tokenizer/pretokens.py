@@ -155,6 +155,8 @@ class _Chunk:
 
 def _chunks(texts: Iterable[str], chunk_bytes: int) -> Iterator[_Chunk]:
     pieces, size, first, number = [], 0, 1, 0
+    if isinstance(texts, str):
+        raise TypeError("give several texts, as [text]: a str is one")
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise TypeError(f"text {number} is no str but {type(text).__name__}")

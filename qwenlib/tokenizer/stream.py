@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,10 @@ class StreamDecoder:
 
     def push(self, ids: int | Iterable[int]) -> str:
         """The characters that these ids complete, perhaps none. ValueError for a negative id."""
-        ids = [ids] if isinstance(ids, int) else ids
+        try:
+            ids = [operator.index(ids)]
+        except TypeError:  # several
+            ids = map(operator.index, ids)
         kept = (i for i in ids if i not in self._left_out)
         return self._bytes.decode(self._tokenizer.decode_bytes(kept))
 

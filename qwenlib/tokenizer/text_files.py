@@ -17,9 +17,11 @@ _BLOCK = 1 << 20
 def check_files(paths: Sequence[Path]) -> None:
     """Raise FileNotFoundError or ValueError for the first path that `read_texts` would not take."""
     for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the files in it")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file")
-        if not path.name.endswith(KINDS):
+        if not path.name.lower().endswith(KINDS):
             raise ValueError(f"{path}: the name must end with {', '.join(KINDS)}")
 
 
@@ -32,9 +34,9 @@ def read_texts(paths: Sequence[Path], column: str = "text") -> Iterator[str]:
     """
     check_files(paths)
     for path in paths:
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             yield from _plain(path)
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             yield from _parquet(path, column)
         else:
             yield from _json_lines(path, column)
@@ -67,7 +69,7 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
-    packed = path.name.endswith(".gz")
+    packed = path.suffix.lower() == ".gz"
     with gzip.open(path, "rb") if packed else path.open("rb") as stream:
         for number, line in enumerate(_lines(path, stream), 1):
             if not line.strip():
@@ -102,7 +104,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield _value({column: value}, column, f"{path}, row {number}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as Parquet: {error}") from None
 
 

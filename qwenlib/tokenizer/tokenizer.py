@@ -6,6 +6,7 @@ training, vocabulary and template are ours.
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,17 +19,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from qwenlib.tokenizer.bpe import (
-    BYTE_TO_CHAR,
-    CHAR_TO_BYTE,
     PRETOKEN_PATTERN,
     Merge,
+    as_bytes,
+    as_text,
     merges_from_ranks,
     vocabulary,
 )
 from qwenlib.tokenizer.chat import CHAT_TEMPLATE, find_default_system
 from qwenlib.tokenizer.control import CONTROL_TOKENS, END_OF_TEXT, IM_END, IM_START
 from qwenlib.tokenizer.encoder import Encoder
-from qwenlib.tokenizer.normal_form import normalise
+from qwenlib.tokenizer.normal_form import check_text, normalise
 from qwenlib.tokenizer.offsets import token_places
 from qwenlib.tokenizer.stream import StreamDecoder
 
@@ -67,8 +68,8 @@ class Tokenizer:
     @classmethod
     def from_merges(cls, merges: Sequence[Merge]) -> "Tokenizer":
         """Tokenizer from trained merges; the control tokens take the ids after the regular ones."""
-        vocab = {_as_text(token): i for i, token in enumerate(vocabulary(merges))}
-        pairs = [(_as_text(left), _as_text(right)) for left, right in merges]
+        vocab = {as_text(token): i for i, token in enumerate(vocabulary(merges))}
+        pairs = [(as_text(left), as_text(right)) for left, right in merges]
         added = [AddedToken(t.text, special=t.special, normalized=False) for t in CONTROL_TOKENS]
         return cls(assemble(vocab, pairs, added, *qwen_pipeline()))
 
@@ -150,7 +151,8 @@ class Tokenizer:
     def _encoder(self) -> Encoder | None:
         """The fast way, where it gives the same ids."""
         tokenizer_json = json.loads(self._full.to_str())
-        return Encoder(tokenizer_json) if _is_qwen(tokenizer_json) else None
+        usable = _is_qwen(tokenizer_json) and Encoder.can_build(tokenizer_json)
+        return Encoder(tokenizer_json) if usable else None
 
     @cached_property
     def _control_pattern(self) -> re.Pattern | None:
@@ -178,7 +180,7 @@ class Tokenizer:
         """
         tokenizer_json = json.loads(self._full.to_str())
         merges = _merges(tokenizer_json)
-        ranks = {_as_bytes(token): i for token, i in tokenizer_json["model"]["vocab"].items()}
+        ranks = {as_bytes(token): i for token, i in tokenizer_json["model"]["vocab"].items()}
         tokens = vocabulary(merges)
         if not (
             _is_qwen(tokenizer_json)
@@ -250,7 +252,8 @@ class Tokenizer:
         TypeError for anything but a str, ValueError for a lone surrogate in it.
         """
         if allow_control:
-            return self._encode_all([text], allow_control, parallel=False)[0]
+            check_text(text)
+            return self._with_control([text], parallel=False)[0]
         normal = normalise(text)
         if self._encoder is not None and self._encoder.can_encode(normal):
             return self._encoder.encode(normal)
@@ -261,29 +264,38 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts, on every core or (parallel=False) in the calling thread.
 
-        TypeError for a single str in place of several.
+        TypeError for a single str in place of several, TypeError and ValueError as `encode`, with
+        the number of the text, from 0.
         """
         if isinstance(texts, str):
             raise TypeError("encode_batch takes several texts; give [text] or use encode")
-        return self._encode_all(list(texts), allow_control, parallel)
+        texts = list(texts)
+        for number, text in enumerate(texts):
+            try:
+                check_text(text)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"text {number}: {error}") from None
+        ways = {True: self._with_control, False: self._without_control}
+        return ways[allow_control](texts, parallel)
 
-    def _encode_all(self, texts: list[str], allow_control: bool, parallel: bool) -> list[list[int]]:
-        if not allow_control:
-            normal = [normalise(text) for text in texts]
-            if self._encoder is None:
-                if parallel:
-                    return [e.ids for e in self._plain.encode_batch_fast(texts)]
-                return [self.encode(text) for text in texts]
-            if all(map(self._encoder.can_encode, normal)):
-                return self._encoder.encode_all(normal, parallel)
+    def _without_control(self, texts: list[str], parallel: bool) -> list[list[int]]:
+        if self._encoder is None:
+            if parallel:
+                return [encoding.ids for encoding in self._plain.encode_batch_fast(texts)]
             return [self.encode(text) for text in texts]
+        normal = [normalise(text) for text in texts]
+        can = [self._encoder.can_encode(text) for text in normal]
+        fast = iter(self._encoder.encode_all(list(itertools.compress(normal, can)), parallel))
+        return [
+            next(fast) if fits else self._plain.encode(text).ids for text, fits in zip(normal, can)
+        ]
+
+    def _with_control(self, texts: list[str], parallel: bool) -> list[list[int]]:
         if self._control_pattern is None:
-            for text in texts:
-                normalise(text)  # for its errors
             return [self._full.encode(text).ids for text in texts]
         parts = [self._control_pattern.split(text) for text in texts]
         between = [part for split in parts for part in split if part not in self.control]
-        encoded = iter(self._encode_all(between, False, parallel))
+        encoded = iter(self._without_control(between, parallel))
         out: list[list[int]] = []
         for split in parts:
             out.append([])
@@ -297,12 +309,12 @@ class Tokenizer:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids as `encode` gives them, and for each token (start, end) in characters of `text`.
 
-        Tokens that share a character have the same place. Where normal form C joins characters,
-        the place covers all that were joined.
+        A token's place covers every character of which it holds a part, and where normal form C
+        joins characters, all that were joined.
         """
+        check_text(text)
         parts = [text]
         if self._encoder is None or (allow_control and self._control_pattern is None):
-            normalise(text)  # for its errors
             encoding = (self._full if allow_control else self._plain).encode(text)
             return encoding.ids, encoding.offsets
         if allow_control:
@@ -344,7 +356,7 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         if token in self.control:
             return token.encode()
-        return bytes(CHAR_TO_BYTE[char] for char in token)
+        return as_bytes(token)
 
     @property
     def merges(self) -> list[Merge]:
@@ -378,9 +390,18 @@ def _refuse_negative(ids: Sequence[int]) -> None:
 
 def _is_qwen(tokenizer_json: dict) -> bool:
     """Whether text is normalised and split as Qwen does it."""
-    first, *_ = (tokenizer_json["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
-    normaliser = (tokenizer_json["normalizer"] or {}).get("type")
-    return normaliser == "NFC" and first.get("pattern") == {"Regex": PRETOKEN_PATTERN}
+    bare = tokenizers.Tokenizer(models.BPE())
+    bare.normalizer, bare.pre_tokenizer = qwen_pipeline()
+    qwen = json.loads(bare.to_str())
+    same = [tokenizer_json["normalizer"], tokenizer_json["pre_tokenizer"]]
+    return _without_trim(same) == _without_trim([qwen["normalizer"], qwen["pre_tokenizer"]])
+
+
+def _without_trim(value: Any) -> Any:
+    """Without `trim_offsets`, which changes no id."""
+    if isinstance(value, dict):
+        return {k: _without_trim(v) for k, v in value.items() if k != "trim_offsets"}
+    return [_without_trim(v) for v in value] if isinstance(value, list) else value
 
 
 def qwen_pipeline() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
@@ -409,12 +430,4 @@ def assemble(
 def _merges(tokenizer_json: dict) -> list[Merge]:
     merges = tokenizer_json["model"]["merges"]
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    return [(_as_bytes(left), _as_bytes(right)) for left, right in pairs]
-
-
-def _as_text(token: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[b] for b in token)
-
-
-def _as_bytes(token: str) -> bytes:
-    return bytes(CHAR_TO_BYTE[char] for char in token)
+    return [(as_bytes(left), as_bytes(right)) for left, right in pairs]

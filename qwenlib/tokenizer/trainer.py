@@ -4,14 +4,15 @@ A merge changes pair counts only in the words that hold the pair, found through 
 heap with lazy deletion hands out the best pair. Ties go to the pair with the smallest ids, so the
 result does not depend on the order of the texts. `trainer.c` does the same, compiled.
 
-Each merge makes a new token, and a merged pair never comes back: where no token crosses the ends of
-a string, its state after some merges depends on the string alone, so one pair alone can spell it.
+No token can be made by two different pairs, and a merged pair never comes back: as long as no token
+crosses the ends of a string, what the merges so far have made of it depends on the string alone.
 """
 
 import array
 import contextlib
 import ctypes
 import functools
+import hashlib
 import heapq
 import warnings
 from collections import defaultdict
@@ -59,6 +60,7 @@ def train_bpe(
     if n_regular < 256:
         least = 256 + len(CONTROL_TOKENS)
         raise ValueError(f"vocab_size={vocab_size} is below {least}: 256 bytes, 22 control tokens")
+    _check_min_count(min_count)
     reading, merging = (progress and functools.partial(progress, p) for p in ("read", "merge"))
     folder = None if state_dir is None else Path(state_dir)
     with contextlib.nullcontext() if folder is None else locked(folder):
@@ -85,8 +87,7 @@ def merges_from_counts(
 
     log: a file that receives the merges one by one; those it holds already are taken from it.
     """
-    if min_count < 1:
-        raise ValueError(f"min_count={min_count}: a pair that does not occur cannot be merged")
+    _check_min_count(min_count)
     if counts and min(counts.values()) < 1:
         raise ValueError("counts holds a pre-token that occurs less than once")
     steps = MergeLog(log, counts) if log is not None else None
@@ -175,9 +176,14 @@ def _pairs(word: str) -> list[str]:
     return [word[i : i + 2] for i in range(len(word) - 1)]
 
 
+def _check_min_count(min_count: int) -> None:
+    if min_count < 1:
+        raise ValueError(f"min_count={min_count}: a pair that does not occur cannot be merged")
+
+
 def _too_little_text(tokens: int, n_regular: int) -> ValueError:
     return ValueError(
-        f"the text gives only {tokens} tokens, {n_regular} were asked for: "
+        f"the text gives only {tokens} regular tokens, {n_regular} were asked for: "
         "use more text or a smaller vocab_size"
     )
 
@@ -258,7 +264,13 @@ class MergeLog(list[tuple[int, int]]):
 
     def __init__(self, path: Path, counts: Mapping[bytes, int]) -> None:
         super().__init__()
-        head = f"merges of {len(counts)} pre-tokens that occur {sum(counts.values())} times\n"
+        digest = hashlib.blake2b(digest_size=16)
+        for word in sorted(counts):
+            digest.update(b"%d %d " % (len(word), counts[word]) + word)
+        head = (
+            f"merges of {len(counts)} pre-tokens that occur {sum(counts.values())} times "
+            f"({digest.hexdigest()})\n"
+        )
         self._file = path.open("a+b", buffering=0)
         try:
             self._read(path, head.encode())
@@ -270,15 +282,15 @@ class MergeLog(list[tuple[int, int]]):
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        first, *lines = content[:whole].splitlines(keepends=True) or [head]
-        if whole == 0:
-            self._file.write(head)
-        if first != head:
+        first, *lines = content[:whole].splitlines(keepends=True) or [content]
+        if not (first == head if whole else head.startswith(content)):
             raise ValueError(
                 f"{path} holds {first.decode(errors='replace').strip()}, these are the "
                 f"{head.decode().strip()}: give another folder, or delete this file"
             )
+        self._file.truncate(whole)
+        if whole == 0:
+            self._file.write(head)
         for number, line in enumerate(lines):
             try:
                 left, right = map(int, line.split())

@@ -179,3 +179,21 @@ def test_weight_bytes_leave_out_an_untied_embedding():
     tied, untied = tiny(CPU, FP32), draw(TINY.replace(tie_word_embeddings=False), 0, CPU, FP32)
     assert weight_bytes(tied) == weight_bytes(untied)
     assert weight_bytes(tied) == 4 * sum(p.numel() for p in tied.parameters())
+
+
+def test_tokenizers_run_on_the_cpu():
+    for more in (["--dtype", "bfloat16"], ["--device", "cuda"]):
+        result = CliRunner().invoke(app, ["bench", "tokenizer", *more])
+        assert result.exit_code == 2 and "leave out" in result.stderr
+
+
+def test_offline_cases_are_skipped(monkeypatch):
+    from qwenlib.assets import AssetError
+    from qwenlib.bench import text
+
+    def offline(*arguments):
+        raise AssetError("no network")
+
+    monkeypatch.setattr(text, "documents", offline)
+    report = runner.run([c for c in suite.CASES if c.name == "encode-each"], rounds=1, threads=1)
+    assert "no network" in report.skipped["encode-each"]

@@ -123,8 +123,11 @@ class Letters:
     def token_bytes(self, token):
         return {27: b"\xc3", 28: b"\xbc"}.get(token, bytes([97 + token % 26]))
 
+    def decode_bytes(self, tokens):
+        return b"".join(map(self.token_bytes, tokens))
+
     def decode(self, tokens):
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
 
 
 def test_stop_strings():

@@ -8,12 +8,15 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from qwenlib.tokenizer import Tokenizer
+from qwenlib.tokenizer.bpe import as_text
 from qwenlib.tokenizer.normal_form import normalise
 from tests.tokenizer.conftest import CODE, LANGUAGES
 
@@ -194,16 +197,79 @@ def test_a_tokenizer_goes_to_another_process():
         assert pool.apply(tokenizer.encode_batch, (["the 1"] * 50,)) == [again.encode("the 1")] * 50
 
 
-def test_an_error_in_a_batch_is_raised():
+@pytest.mark.parametrize("allow_control", [False, True])
+def test_an_error_in_a_batch_names_the_text(allow_control):
     tokenizer, _, _ = build()
-    with pytest.raises(ValueError, match="lone surrogate"):
-        tokenizer.encode_batch(["a", "b", "c\udc00", "d"] * 4)
+    with pytest.raises(ValueError, match="text 2: character 1 .*lone surrogate"):
+        tokenizer.encode_batch(["a", "b", "c\udc00", "d"] * 4, allow_control)
+    with pytest.raises(TypeError, match="text 1: .*NoneType"):
+        tokenizer.encode_batch(["a", None], allow_control)
+
+
+def changed(change) -> Tokenizer:
+    content = json.loads(Tokenizer.from_merges(MERGES)._full.to_str())
+    change(content)
+    return Tokenizer(content)
+
+
+CHANGES = {
+    "another normal form": lambda c: c.update(normalizer={"type": "NFD"}),
+    "no normal form": lambda c: c.update(normalizer=None),
+    "another step": lambda c: c["pre_tokenizer"]["pretokenizers"].append(
+        {"type": "Split", "pattern": {"String": "h"}, "behavior": "Isolated", "invert": False}
+    ),
+    "removed matches": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+    "no pre-tokenizer": lambda c: c.update(pre_tokenizer=None),
+    "dropout": lambda c: c["model"].update(dropout=1.0),
+    "whole words first": lambda c: c["model"].update(ignore_merges=True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_differs_from_qwen_keeps_its_own_way(name):
+    tokenizer = changed(CHANGES[name])
+    backend = Backend.from_str(tokenizer._plain.to_str())
+    for text in ("the inth", "e\u0301\u00e9 12", "ing the"):
+        assert tokenizer.encode(text) == backend.encode(text).ids
+        assert tokenizer.encode_batch([text]) == [backend.encode(text).ids]
+
+
+def test_a_vocabulary_without_all_bytes():
+    def leave_out(content):
+        letters = {as_text(bytes([b])) for b in b"the in"}
+        vocab = content["model"]["vocab"]
+        kept = [t for t in vocab if len(t) > 1 or t in letters]
+        content["model"]["merges"] = [
+            m for m in content["model"]["merges"]
+            if set("".join(m if isinstance(m, list) else m.split(" "))) <= letters
+        ]  # fmt: skip
+        content["model"]["vocab"] = {token: i for i, token in enumerate(kept)}
+        for n, token in enumerate(content["added_tokens"]):
+            token["id"] = len(kept) + n
+
+    tokenizer = changed(leave_out)
+    backend = Backend.from_str(tokenizer._plain.to_str())
+    assert tokenizer.encode("in the") == backend.encode("in the").ids != []
+
+
+def test_the_encoder_forgets(monkeypatch):
+    """Its library keeps each new word for good, so it begins anew now and then."""
+    monkeypatch.setattr("qwenlib.tokenizer.encoder._RENEW", 1000)
+    tokenizer, plain, _ = build()
+    cores = set()
+    for n in range(10):
+        assert tokenizer.encode_batch([f"the {n} " * 50]) == [plain.encode(f"the {n} " * 50).ids]
+        assert tokenizer.encode(f"in{n}") == plain.encode(f"in{n}").ids
+        cores.add(id(tokenizer._encoder._core))
+        kept = tokenizer._encoder._core  # noqa: F841  an id may return when its object is gone
+    assert len(cores) > 1
 
 
 @pytest.mark.parametrize(
     ("bad", "error", "match"),
     [
-        (None, TypeError, "NoneType"), (b"x", TypeError, "bytes"), (["x"], TypeError, "list"),
+        (None, TypeError, "a text is a str, not NoneType"), (b"x", TypeError, "not bytes"),
+        (["x"], TypeError, "not list"),
         ("ok\ud83d", ValueError, r"character 2 .*\\ud83d.*surrogatepass"),
     ],
 )  # fmt: skip
@@ -221,9 +287,16 @@ def test_a_batch_of_one_str():
         tokenizer.encode_batch("several texts")
 
 
+def with_offsets(tokenizer, text):
+    try:
+        return tokenizer.encode_with_offsets(text)
+    except ValueError as error:
+        pytest.fail(f"the places do not match the text: {error}")
+
+
 def test_offsets_by_hand():
     tokenizer, _, _ = build()
-    ids, offsets = tokenizer.encode_with_offsets("e\u0301 the😀")
+    ids, offsets = with_offsets(tokenizer, "e\u0301 the😀")
     assert ids == tokenizer.encode("e\u0301 the😀")
     # é is two characters here; the emoji's three tokens share one place.
     assert offsets == [(0, 2), (2, 6), (6, 7), (6, 7)]
@@ -232,11 +305,21 @@ def test_offsets_by_hand():
     assert tokenizer.encode_with_offsets("") == ([], [])
 
 
+@pytest.mark.parametrize("mark", ["\u0f73", "\u0f75", "\u0f81", "\u0344"])
+def test_offsets_of_marks_that_fall_apart(mark):
+    """Some characters are no marks themselves but become two."""
+    tokenizer, _, _ = build()
+    ids, offsets = tokenizer.encode_with_offsets(f"e{mark}\u0301 abc")
+    assert offsets[-4:] == [(3, 4), (4, 5), (5, 6), (6, 7)]
+    assert tokenizer.decode(ids) == normalise(f"e{mark}\u0301 abc")
+    assert set(offsets[:-4]) <= {(0, 3), (0, 1), (1, 3), (1, 2), (2, 3)}
+
+
 def test_offsets_of_syllables():
     """Hangul composes without combining marks: two or three letters become one syllable."""
     tokenizer, _, _ = build()
     text = "\u1112\u1161\u11ab\u1100 x"  # the last letter stays alone
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    ids, offsets = with_offsets(tokenizer, text)
     assert tokenizer.decode(ids) == "\ud55c\u1100 x"
     assert sorted(set(offsets)) == [(0, 3), (3, 4), (4, 5), (5, 6)]
 
@@ -277,6 +360,20 @@ def test_stream_holds_back_half_a_character():
     assert [stream.push(i) for i in ids] == ["é", "", "😀", " the"]
     assert stream.finish() == ""
     assert tokenizer.stream().push(ids) == text
+
+
+def test_stream_takes_any_kind_of_id():
+    tokenizer, _, _ = build()
+    ids = [*tokenizer.encode("the é"), tokenizer.eos_token_id]
+    for skip in (False, True):
+        want = tokenizer.decode(ids, skip_special_tokens=skip)
+        for several in (ids, np.array(ids), torch.tensor(ids), tuple(ids)):
+            assert tokenizer.stream(skip).push(several) == want
+        stream = tokenizer.stream(skip)
+        assert "".join(stream.push(i) for i in torch.tensor(ids)) == want
+        assert tokenizer.stream(skip).push(np.int64(ids[0])) == "the"
+    with pytest.raises(TypeError):
+        tokenizer.stream().push(["a"])
 
 
 def test_stream_of_broken_bytes():

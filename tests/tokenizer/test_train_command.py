@@ -176,3 +176,32 @@ def test_ctrl_c_ends_with_130_and_goes_on(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Tokenizer.from_pretrained(tmp_path / "out").merges == train_bpe(texts, 330)
+
+
+def test_folders_are_checked_before_the_work(call, tmp_path):
+    texts = write(tmp_path / "a.jsonl")
+    done, line = call(texts, "--out", "same", "--state", tmp_path / "same", "--vocab-size", "300")
+    assert done.exit_code == 2 and "two folders" in line["error"]
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        done, line = call(texts, "--out", out, "--vocab-size", "300")
+        assert done.exit_code == 2 and "is a file" in line["error"]
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "file"]
+
+
+def test_a_folder_and_capital_endings(call, tmp_path):
+    (tmp_path / "d").mkdir()
+    done, line = call("d", "--out", "o")
+    assert done.exit_code == 2 and "give the files in it" in line["error"]
+    path = write(tmp_path / "a.txt")
+    path = path.rename(tmp_path / "A.TXT")
+    assert "".join(read_texts([path])) == "".join(TEXTS)
+
+
+def test_bad_utf8_in_parquet_is_named(tmp_path):
+    raw = pa.array([b"good", b"bad \xff"], type=pa.binary())
+    column = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet"):
+        list(read_texts([tmp_path / "a.parquet"]))

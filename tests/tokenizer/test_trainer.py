@@ -103,7 +103,9 @@ def assert_as_naive(engine, counts, n_regular, min_count=2):
     except (KeyError, ValueError) as error:
         raise AssertionError(f"{len(want)} merges can be made") from error
     if reached < n_regular:
-        with pytest.raises(ValueError, match=f"only {reached} tokens, {n_regular} were asked"):
+        with pytest.raises(
+            ValueError, match=f"only {reached} regular tokens, {n_regular} were asked"
+        ):
             engine(counts, n_regular, min_count=min_count)
 
 
@@ -352,5 +354,49 @@ def test_a_damaged_list_of_merges_is_refused(tmp_path):
 def test_the_first_merge_counts_as_often_as_the_second_run_asks(tmp_path):
     texts = ["ab"] * 5
     assert resume(tmp_path, texts, 279) == [(b"a", b"b")]
-    with pytest.raises(ValueError, match="only 256 tokens"):
+    with pytest.raises(ValueError, match="only 256 regular tokens"):
         resume(tmp_path, texts, 279, min_count=6)
+
+
+def test_settings_are_checked_before_any_text_is_read():
+    def texts():
+        pytest.fail("read")
+        yield ""
+
+    with pytest.raises(ValueError, match="min_count=0"):
+        train_bpe(texts(), 300, min_count=0)
+    with pytest.raises(ValueError, match="below 278"):
+        train_bpe(texts(), 200)
+
+
+def test_one_text_is_not_several():
+    with pytest.raises(TypeError, match=r"\[text\]"):
+        train_bpe("the cat sat on the mat", 300)
+
+
+def test_a_log_of_other_counts_of_the_same_sum_is_refused(tmp_path):
+    log = tmp_path / "merges.txt"
+    one, other = ({b"ab": 5, b"cd": 3}, {b"ab": 3, b"cd": 5})
+    assert merges_from_counts(one, 257, log=log) == [(b"a", b"b")]
+    with pytest.raises(ValueError, match="give another folder"):
+        merges_from_counts(other, 257, log=log)
+    assert merges_from_counts(one, 258, log=log) == [(b"a", b"b"), (b"c", b"d")]
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"my notes\nmore", b"merges of nothing"])
+def test_a_file_that_is_no_log_is_left_alone(content, tmp_path):
+    log = tmp_path / "merges.txt"
+    log.write_bytes(content)
+    with pytest.raises(ValueError, match="give another folder"):
+        merges_from_counts({b"ab": 5}, 257, log=log)
+    assert log.read_bytes() == content
+
+
+def test_a_log_torn_in_its_first_line_begins_anew(tmp_path):
+    log = tmp_path / "merges.txt"
+    merges_from_counts({b"ab": 5}, 257, log=log)
+    whole = log.read_bytes()
+    for size in (0, 1, 20, whole.index(b"\n")):
+        log.write_bytes(whole[:size])
+        assert merges_from_counts({b"ab": 5}, 257, log=log) == [(b"a", b"b")]
+        assert log.read_bytes() == whole
