@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwenlib.kernels.build import compiled
+from qwenlib.c_build import compiled
 
 _LANES = 16  # of the widest registers
 _ROWS, _ELEMENTS = 512, 1 << 21  # a chunk: at least so many rows, and about so many logits

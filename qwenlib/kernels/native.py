@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwenlib.kernels.build import compiled
+from qwenlib.c_build import compiled
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _BLOCK, _LANES, _ROWS = 32, 16, 12  # as in the C file, for the widest registers

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from qwenlib.c_build import compiled
 from qwenlib.tokenizer.bpe import BYTE_ORDER, Merge
 from qwenlib.tokenizer.control import CONTROL_TOKENS
 from qwenlib.tokenizer.pretokens import Pretokens, count_pretokens, locked
@@ -190,8 +191,6 @@ def _too_little_text(tokens: int, n_regular: int) -> ValueError:
 
 def _library() -> ctypes.CDLL | None:
     """`trainer.c`; None without a C compiler."""
-    from qwenlib.kernels.build import compiled
-
     library = compiled(_SOURCE, "Python's slower way")
     if library is not None:
         i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p

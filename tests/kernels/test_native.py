@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwenlib import c_build as build
 from qwenlib import kernels
 from qwenlib.generation import decoder, generate
 from qwenlib.generation.decoder import Decoder, NativeDecoder, begin, native_forward
-from qwenlib.kernels import build, native
+from qwenlib.kernels import native
 from qwenlib.model import KVCache, MoEConfig, Qwen, QwenConfig
 from qwenlib.model.config import YarnConfig
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qwenlib.kernels import build, native
+from qwenlib import c_build as build
+from qwenlib.kernels import native
 from tests.kernels.test_native import COMPILER, needs_compiler
 from tests.mutations.harness import Mutation, assert_caught
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenlib.kernels import build
+from qwenlib import c_build as build
 from qwenlib.tokenizer import trainer
 from tests.mutations.harness import Mutation, assert_caught
 from tests.tokenizer.test_trainer import COMPILER, needs_compiler

@@ -160,7 +160,7 @@ def test_what_is_left_out_is_said(call, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="stops the process by its state folder")
 def test_ctrl_c_ends_with_130_and_goes_on(tmp_path):
     """SIGINT to the process and its workers, as a terminal sends it."""
-    texts = [f"{i} {CODE}" for i in range(4000)]
+    texts = [f"{i} {CODE}" for i in range(20_000)]
     write(tmp_path / "a.jsonl", texts)
     command = [sys.executable, "-m", "qwenlib", "train-tokenizer", "a.jsonl", "--out", "out",
                "--state", "state", "--vocab-size", "330", "--workers", "2"]  # fmt: skip

@@ -19,7 +19,7 @@ import tokenizers
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from qwenlib.kernels import build
+from qwenlib import c_build as build
 from qwenlib.tokenizer import train_bpe, trainer
 from qwenlib.tokenizer.bpe import BYTE_ORDER, CHAR_TO_BYTE, vocabulary
 from qwenlib.tokenizer.tokenizer import qwen_pipeline

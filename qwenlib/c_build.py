@@ -1,4 +1,4 @@
-"""C files of this folder, compiled for the machine at hand and loaded through ctypes.
+"""C files of this package, compiled for the machine at hand and loaded through ctypes.
 
 The first use on a machine runs its C compiler (a second or two) and keeps the library in the cache.
 """
