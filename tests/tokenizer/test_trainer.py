@@ -286,7 +286,7 @@ def test_any_allocation_may_fail(tmp_path, monkeypatch):
     command = [*shlex.split(COMPILER), "-shared", "-fPIC", "-o", str(tmp_path / "a.so")]
     subprocess.run([*command, str(source)], check=True)
     library = ctypes.CDLL(str(tmp_path / "a.so"))
-    monkeypatch.setattr(build, "compiled", lambda *_: library)
+    monkeypatch.setattr(trainer, "compiled", lambda *_: library)
     counts = count_pretokens(random_letters("abc", 5)[:40])
     want, failed = readable_merges(counts, 290), 0
     for allocations in itertools.count():
