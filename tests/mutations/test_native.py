@@ -1,13 +1,12 @@
 """Edits of the compiled forward pass and of its callers that a guard must notice."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qwenlib import c_build as build
 from qwenlib.kernels import native
-from tests.kernels.test_native import COMPILER, needs_compiler
+from tests.kernels.test_native import needs_compiler
 from tests.mutations.harness import Mutation, assert_caught
 
 pytestmark = needs_compiler
@@ -109,19 +108,6 @@ CASES = [
              "not native.can_run(list(model.parameters())[:1],",
              ROOM + "test_what_it_cannot_run_goes_through_pytorch"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Iterator[None]:
-    """Libraries of edited sources: in a folder of their own, compiled in a hurry."""
-    folder = tmp_path_factory.mktemp("cache")
-    hurry = folder / "cc"
-    hurry.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O1\n')  # the last -O counts
-    hurry.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWENLIB_CACHE", str(folder))
-        patch.setenv("CC", str(hurry))
-        yield
 
 
 @pytest.mark.parametrize("edit", [*C_EDITS, *HEAD_EDITS], ids=lambda edit: edit[0])

@@ -1,6 +1,5 @@
 """Edits of the trainer, its compiled part and the counting that a guard must notice."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from qwenlib import c_build as build
 from qwenlib.tokenizer import trainer
 from tests.mutations.harness import Mutation, assert_caught
-from tests.tokenizer.test_trainer import COMPILER, needs_compiler
+from tests.tokenizer.test_trainer import needs_compiler
 
 TRAINER, PRETOKENS = "qwenlib.tokenizer.trainer", "qwenlib.tokenizer.pretokens"
 MERGES, COUNTS = "tests/tokenizer/test_trainer.py::", "tests/tokenizer/test_pretokens.py::"
@@ -91,19 +90,6 @@ CASES = [
     Mutation("the last chunk lost", PRETOKENS, "    if pieces:\n        yield _Chunk",
              "    if len(pieces) > 9:\n        yield _Chunk", MERGES + "test_any_texts"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Iterator[None]:
-    """Libraries of edited sources: in a folder of their own, compiled in a hurry."""
-    folder = tmp_path_factory.mktemp("cache")
-    hurry = folder / "cc"
-    hurry.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O1\n')  # the last -O counts
-    hurry.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWENLIB_CACHE", str(folder))
-        patch.setenv("CC", str(hurry))
-        yield
 
 
 @needs_compiler
