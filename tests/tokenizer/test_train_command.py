@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -160,7 +161,7 @@ def test_what_is_left_out_is_said(call, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="stops the process by its state folder")
 def test_ctrl_c_ends_with_130_and_goes_on(tmp_path):
     """SIGINT to the process and its workers, as a terminal sends it."""
-    texts = [f"{i} {CODE}" for i in range(20_000)]
+    texts = [f"{i} {CODE}" for i in range(150_000)]  # seconds of work, also for a fast machine
     write(tmp_path / "a.jsonl", texts)
     command = [sys.executable, "-m", "qwenlib", "train-tokenizer", "a.jsonl", "--out", "out",
                "--state", "state", "--vocab-size", "330", "--workers", "2"]  # fmt: skip
@@ -168,7 +169,7 @@ def test_ctrl_c_ends_with_130_and_goes_on(tmp_path):
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, start_new_session=True) as process:  # fmt: skip
         while process.poll() is None and not (tmp_path / "state" / "settings.json").exists():
-            pass
+            time.sleep(0.001)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
