@@ -1,9 +1,11 @@
 """Checkers of the exercises in chapter 02; they accept any correct answer."""
 
+import gc
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from qwenlib.tokenizer.bpe import Merge, merge_steps
 from qwenlib.tokenizer.chat import encode_chat
@@ -96,16 +98,28 @@ def check_exercise_3(answer: Callable[[dict[bytes, int], int], list[Merge] | Non
     for counts, n_merges, hint in by_hand:
         _check_merges(answer(dict(counts), n_merges), counts, n_merges, hint)
     counts = _many_words(3_000)
-    began = time.process_time()
-    merges = answer(dict(counts), 80)
-    yours, began = time.process_time() - began, time.process_time()
-    _check_merges(merges, counts, 80, "3,000 different words")
-    naive = time.process_time() - began
+    yours, merges = _seconds(lambda: answer(dict(counts), 80))
+    naive, _ = _seconds(lambda: _check_merges(merges, counts, 80, "3,000 different words"))
+    if yours >= naive / 2:  # one slow moment of the machine is not the answer's fault
+        yours = min(yours, _seconds(lambda: answer(dict(counts), 80))[0])
     assert yours < naive / 2, (
         f"right, but {yours:.2f} s for 3,000 words; counting everything again after each merge "
         f"takes {naive:.2f} s. Hint: keep for every pair the words that hold it"
     )
     print(f"Exercise 3: correct, {naive / yours:.0f} times as fast as counting everything again.")
+
+
+def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """This thread's time for `work()`: other threads and other objects' garbage do not count."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        began = time.thread_time()
+        result = work()
+        return time.thread_time() - began, result
+    finally:
+        if collected:
+            gc.enable()
 
 
 def _check_merges(
