@@ -6,6 +6,7 @@ Every operation has a reference in PyTorch (`reference.py`) that defines it and 
 from qwenlib.kernels.cpu import linear
 from qwenlib.kernels.cross_entropy import linear_cross_entropy
 from qwenlib.kernels.grouped import expert_ffn
+from qwenlib.kernels.logprobs import linear_logprobs
 from qwenlib.kernels.reference import apply_rope, attention, decode_attention, rms_norm, swiglu
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "expert_ffn",
     "linear",
     "linear_cross_entropy",
+    "linear_logprobs",
     "rms_norm",
     "swiglu",
 ]

@@ -20,6 +20,7 @@ from qwenlib.c_build import compiled
 
 _LANES = 16  # of the widest registers
 _ROWS, _ELEMENTS = 512, 1 << 21  # a chunk: at least so many rows, and about so many logits
+_COLUMNS = 1 << 13  # of the vocabulary at a time in the weight's gradient
 
 
 def linear_cross_entropy(
@@ -33,7 +34,7 @@ def linear_cross_entropy(
     ValueError when targets are not M whole numbers and, on a CPU, IndexError for one that is no
     row of W.
     """
-    _check(x_MD, weight_VD, targets_M)
+    check_targets(x_MD, weight_VD, targets_M)
     kind = x_MD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad):
@@ -71,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if needs_x:
                     grad_x_MD[first : first + len(x_RD)] = grad_RV @ cast_VD
                 if needs_weight:
-                    grad_weight_VD += grad_RV.t() @ x_RD
+                    add_product(grad_weight_VD, grad_RV, x_RD)
                 first += len(x_RD)
         if needs_weight:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
@@ -91,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _check(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
+def check_targets(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
+    """Raise unless there is one target a row and, on a CPU, each is a row of W."""
     M, V = len(x_MD), len(weight_VD)
     if targets_M.dtype != torch.long or targets_M.shape != (M,):
         raise ValueError(
@@ -106,6 +108,13 @@ def _check(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
                 f"target {odd} is outside 0 to {V - 1}, the rows of the weight; leave rows without "
                 "a target out"
             )
+
+
+def add_product(sum_VD: Tensor, grad_RV: Tensor, x_RD: Tensor) -> None:
+    """sum += grad^T x, in parts: the whole product would be as large as the weight."""
+    for first in range(0, len(sum_VD), _COLUMNS):
+        columns = slice(first, first + _COLUMNS)
+        sum_VD[columns] += grad_RV[:, columns].t() @ x_RD
 
 
 def _zeros(x_MD: Tensor) -> tuple[Tensor, Tensor]:

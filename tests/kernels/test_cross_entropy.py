@@ -44,8 +44,8 @@ def oracle(x, w, targets):
 
 
 @both_ways
-# Sizes around the widths of registers (4, 8, 16) and around a chunk of 512 rows.
-@pytest.mark.parametrize("M,V", [(1, 1), (3, 2), (5, 15), (7, 16), (8, 17), (33, 61), (1030, 4099)])
+# Sizes around the widths of registers (4, 8, 16), a chunk of 512 rows and one of 8,192 columns.
+@pytest.mark.parametrize("M,V", [(1, 1), (3, 2), (5, 15), (7, 16), (8, 17), (33, 61), (1030, 8195)])
 def test_loss_gradients_and_hits(way, M, V):
     x, w, targets = draw(M, V)
     want, gradients, hits = oracle(x, w, targets)

@@ -11,6 +11,8 @@ ROLLOUTS, PREFERENCES = "qwenlib.post_training.rollouts", "qwenlib.post_training
 TRAINING = "tests/training/"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
 WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
+LOGPROBS, ROOM = "qwenlib.kernels.logprobs", "tests/kernels/test_logprobs.py::"
+VALUES = ROOM + "test_values_and_gradients"
 HITS = "tests/kernels/test_cross_entropy.py::test_loss_gradients_and_hits"
 RESUMED = TRAINING + "test_resume.py::test_resumed_run_equals_the_straight_run"
 ALONE = TRAINING + "test_losses.py::test_packed_loss_and_gradients_equal_documents_alone"
@@ -32,8 +34,34 @@ CASES = [
              TRAINING + "test_gradients.py::test_each_thread_records_its_own_router"),
     Mutation("gradient without the target", HEAD, "mass_RV[rows_R, targets_R] -= 1", "pass", HITS),
     Mutation("gradient not scaled", HEAD, "else grad_x_MD * grad_loss", "else grad_x_MD", HITS),
-    Mutation("weight's gradient of the last rows", HEAD, "grad_weight_VD += ", "grad_weight_VD = ",
-             HITS),
+    Mutation("weight's gradient of the last rows", HEAD, "sum_VD[columns] += ",
+             "sum_VD[columns] = ", HITS),
+    Mutation("weight's gradient of the first columns", HEAD, "range(0, len(sum_VD), _COLUMNS)",
+             "range(0, min(len(sum_VD), _COLUMNS), _COLUMNS)", HITS),
+    Mutation("temperature forgotten in the logits", LOGPROBS, ".div_(temperature)", "", VALUES),
+    Mutation("temperature forgotten in the gradient", LOGPROBS, ".div_(ctx.temperature)", "",
+             VALUES),
+    Mutation("gradient of the entropy without its mean", LOGPROBS,
+             ".add_(entropy_M[part, None])", "", VALUES),
+    Mutation("gradient of the log-probability lost beside the entropy's", LOGPROBS,
+             "inner_RV.add_(grad_R1)", "inner_RV", VALUES),
+    Mutation("one weight for every row", LOGPROBS, "grad_R1 = x_RD.to(ctx.dtype or x_RD.dtype), "
+             "grad_logp_M[part, None]", "grad_R1 = x_RD.to(ctx.dtype or x_RD.dtype), "
+             "grad_logp_M[part, None].mean().expand(len(x_RD), 1)", VALUES),
+    Mutation("gradient of the log-probability without the target", LOGPROBS,
+             "grad_RV.scatter_add_(1, targets_M[part, None], grad_R1)", "pass", VALUES),
+    Mutation("entropy in bits", LOGPROBS, "entropy_M[part] = log_mass_M[part] - mean_R",
+             "entropy_M[part] = (log_mass_M[part] - mean_R) / 0.6931", VALUES),
+    Mutation("mass added to the largest logit", LOGPROBS,
+             "                z_RV -= top_M[part, None]\n"
+             "                z_RV -= log_mass_M[part, None]\n",
+             "                z_RV -= top_M[part, None] + log_mass_M[part, None]\n",
+             ROOM + "test_large_logits_keep_their_digits"),
+    Mutation("impossible tokens are not a number", LOGPROBS, "return log_p_RV.clamp_(min=-1000)",
+             "return log_p_RV", ROOM + "test_a_token_that_cannot_come_counts_nothing"),
+    Mutation("softmax in bf16", LOGPROBS, "logits_RV.to(_wide(logits_RV.dtype)).div_(temperature)",
+             "logits_RV.div_(temperature).to(_wide(logits_RV.dtype))",
+             ROOM + "test_bf16_products_fp32_softmax"),
     Mutation("loss of the last rows", HEAD,
              "loss, likeliest = loss + loss_R.sum(), likeliest + likeliest_R.sum()\n    return",
              "loss, likeliest = loss_R.sum(), likeliest + likeliest_R.sum()\n    return", HITS),
