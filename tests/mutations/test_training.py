@@ -10,6 +10,7 @@ LOSSES, PACKING = "qwenlib.training.losses", "qwenlib.data.packing"
 ROLLOUTS, PREFERENCES = "qwenlib.post_training.rollouts", "qwenlib.post_training.preferences"
 TRAINING = "tests/training/"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
+GOLDEN = TRAINING + "test_golden.py::test_losses"
 WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
 LOGPROBS, ROOM = "qwenlib.kernels.logprobs", "tests/kernels/test_logprobs.py::"
 VALUES = ROOM + "test_values_and_gradients"
@@ -68,7 +69,14 @@ CASES = [
     Mutation("no clipping", LOOP, 'config.grad_clip or float("inf")', 'float("inf")',
              TRAINING + "test_loop.py::test_gradient_is_clipped_to_the_norm"),
     Mutation("gradients carried over", LOOP, "    optimizer.zero_grad(set_to_none=True)\n", "",
-             TRAINING + "test_loop.py::test_golden_losses"),
+             GOLDEN),
+    Mutation("another second moment", "qwenlib.training.optim", "betas=betas",
+             "betas=(betas[0], 0.94)", GOLDEN),
+    Mutation("another eps in the norms", "qwenlib.model.transformer", "self.eps = eps",
+             "self.eps = 10 * eps", GOLDEN),
+    Mutation("documents of a row see each other", "qwenlib.model.transformer",
+             "mask_B1TS & (same_BTS & real_BTS)[:, None]", "mask_B1TS & real_BTS[:, None, None]",
+             GOLDEN),
     Mutation("schedule one step late", LOOP, "            step, config.max_steps, config.learning",
              "            max(step - 1, 0), config.max_steps, config.learning",
              TRAINING + "test_loop.py::test_history_log_and_schedule"),

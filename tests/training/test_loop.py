@@ -1,7 +1,6 @@
-"""The loop: micro-batches, clipping, the golden losses, and what it refuses."""
+"""The loop: micro-batches, clipping, and what it refuses."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from qwenlib.training import TrainConfig, next_token_loss, train
 from qwenlib.training.optim import adamw
 
 V = 61
-GOLDEN = Path(__file__).parents[1] / "golden" / "losses_cpu.txt"
 
 
 def model() -> Qwen:
@@ -72,18 +70,6 @@ def test_micro_batches_equal_one_batch(split):
     assert one.history[0]["loss"] == pytest.approx(many.history[0]["loss"], abs=1e-6)
     assert one.history[0]["grad_norm"] == pytest.approx(many.history[0]["grad_norm"], abs=1e-6)
     assert one.tokens == many.tokens == batch(0).num_targets
-
-
-def test_golden_losses():
-    """20 steps of AdamW on the CPU; a change here changes every training run.
-
-    Write the file anew with `python -m tests.training.test_loop` after a change that is meant.
-    """
-    want = [float(line) for line in GOLDEN.read_text().split()]
-    got = [row["loss"] for row in run(max_steps=20).history]
-    assert got == pytest.approx(want, abs=1e-4)
-    assert got[0] == pytest.approx(math.log(V), abs=0.05)
-    assert got[-1] < got[0] - 0.5
 
 
 def test_gradient_is_clipped_to_the_norm():
@@ -202,8 +188,3 @@ def test_bf16_compute_trains_like_fp32_with_fp32_weights():
     assert a != b, "autocast did nothing"
     assert b == pytest.approx(a, rel=0.03)
     assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
-
-
-if __name__ == "__main__":
-    losses = [row["loss"] for row in run(max_steps=20).history]
-    GOLDEN.write_text("".join(f"{loss:.6f}\n" for loss in losses))
