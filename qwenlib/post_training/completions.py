@@ -9,8 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwenlib import kernels
 from qwenlib.data.packing import IGNORE
 from qwenlib.post_training.sft import scatter_logprobs, target_mask
+
+# Up to so many logits (128 MB in fp32) lie in memory at once: one product with the head then does
+# for both passes. More are computed some rows at a time, and again in the backward pass.
+_WHOLE_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,13 @@ def completion_logprobs(
     """Log-probability of each completion token (N, T), and the mask of those tokens.
 
     Only the positions that predict a completion token go through the head: most of a row is
-    prompt, and the head is the widest matrix. Equal to `sequence_logprobs(model(ids), labels)`.
+    prompt, and the head is the widest matrix. Equal to `sequence_logprobs(model(ids), labels)`, at
+    a memory that does not grow with completions times vocabulary (`kernels.linear_logprobs`).
     """
-    mask_NT = target_mask(batch.labels_NT)
+    labels_NT, mask_NT = batch.labels_NT, target_mask(batch.labels_NT)
     hidden_MD = model.hidden(batch.input_ids_NT)[:, :-1][mask_NT[:, 1:]]
-    return scatter_logprobs(model.lm_head(hidden_MD), batch.labels_NT, mask_NT, temperature)
+    weight_VD = model.lm_head.weight
+    if len(hidden_MD) * len(weight_VD) <= _WHOLE_LOGITS:
+        return scatter_logprobs(model.lm_head(hidden_MD), labels_NT, mask_NT, temperature)
+    logp_M, _ = kernels.linear_logprobs(hidden_MD, weight_VD, labels_NT[mask_NT], temperature)
+    return logp_M.new_zeros(labels_NT.shape).masked_scatter(mask_NT, logp_M), mask_NT

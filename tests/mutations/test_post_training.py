@@ -274,7 +274,32 @@ MERGING = mutations(
     ],
 )
 
+COMPLETIONS = mutations(
+    "completions",
+    "test_completions",
+    [
+        (
+            "head on the completion's own positions",
+            "[:, :-1][mask_NT[:, 1:]]",
+            "[:, 1:][mask_NT[:, 1:]]",
+            "test_equal_to_those_of_all_logits",
+        ),
+        (
+            "temperature lost in parts",
+            "labels_NT[mask_NT], temperature)",
+            "labels_NT[mask_NT])",
+            "test_equal_to_those_of_all_logits",
+        ),
+        (
+            "rows decide, not logits",
+            "len(hidden_MD) * len(weight_VD) <=",
+            "len(hidden_MD) <=",
+            "test_the_size_decides",
+        ),
+    ],
+)
 
-@pytest.mark.parametrize("mutation", SFT + DPO + GRPO + MERGING, ids=lambda m: m.name)
+
+@pytest.mark.parametrize("mutation", SFT + DPO + GRPO + MERGING + COMPLETIONS, ids=lambda m: m.name)
 def test_turns_red(mutation):
     assert_caught(mutation)

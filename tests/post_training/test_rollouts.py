@@ -147,21 +147,3 @@ def test_bad_sizes_are_named():
         values = {"queries_per_step": 2, "group_size": 4, "max_new_tokens": 2, "temperature": 1.0}
         with pytest.raises(ValueError, match=message):
             Episodes(None, tokenizer(), tasks(), seed=0, **(values | options))
-
-
-def test_completion_logprobs_equal_those_of_all_logits():
-    from qwenlib.model import Qwen, QwenConfig
-    from qwenlib.post_training.completions import completion_batch, completion_logprobs
-    from qwenlib.post_training.sft import sequence_logprobs
-
-    config = QwenConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        initializer_range=0.3,
-    )  # fmt: skip
-    model = Qwen(config).initialise(0)
-    batch = completion_batch([[1, 2, 3], [4, 5]], [[6, 7], [8, 9, 10, 11]], pad_id=0)
-    got, mask = completion_logprobs(model, batch, temperature=0.7)
-    expected, expected_mask = sequence_logprobs(model(batch.input_ids_NT), batch.labels_NT, 0.7)
-    assert torch.equal(mask, expected_mask)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
