@@ -14,7 +14,8 @@ class Gradients:
 
     Called with (model, micro-batches, loss_fn), where loss_fn gives (loss_sum, count, stats), it
     adds the gradient of the sum of loss_sum to each parameter's `grad` and returns the sum of the
-    losses, that of the counts, and of stats times counts.
+    losses, that of the counts, and of stats times counts. `losses` then holds the mean loss of
+    each micro-batch.
 
     On a CPU with several micro-batches, `workers` threads (0: as many as PyTorch has) take one each
     and share out the cores; so many micro-batches and their gradients lie in memory together. A
@@ -34,6 +35,7 @@ class Gradients:
         alone = not (dist.is_available() and dist.is_initialized())
         side_by_side = self.device.type == "cpu" and alone
         self.workers = (workers or self.threads) if side_by_side else 1
+        self.losses: list[float] = []
         self.pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "Gradients":
@@ -51,12 +53,14 @@ class Gradients:
         if workers > 1:
             results = self._side_by_side(model, micro_batches, loss_fn, workers)
         else:
-            results = (self._in_place(model, batch, loss_fn) for batch in micro_batches)
-        total, count, sums = 0.0, 0.0, {}
-        for loss, n, stats in results:
+            results = [self._in_place(model, batch, loss_fn) for batch in micro_batches]
+        total, count, sums, self.losses = 0.0, 0.0, {}, []
+        for loss_sum, counted, stats in results:  # a GPU is waited for here and not before
+            loss, n = float(loss_sum), float(counted)
+            self.losses.append(loss / max(n, 1))
             total, count = total + loss, count + n
             for key, value in stats.items():
-                sums[key] = sums.get(key, 0.0) + value * n
+                sums[key] = sums.get(key, 0.0) + float(value) * n
         return total, count, sums
 
     def _loss(self, model, batch, loss_fn) -> tuple[Tensor, tuple]:
@@ -64,8 +68,8 @@ class Gradients:
         half = self.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             loss_sum, n, stats = loss_fn(model, batch)
-        numbers = {key: float(value) for key, value in stats.items()}
-        return loss_sum, (float(loss_sum.detach()), float(n), numbers)
+        stats = {k: v.detach() if isinstance(v, Tensor) else v for k, v in stats.items()}
+        return loss_sum, (loss_sum.detach(), n, stats)
 
     def _in_place(self, model, batch, loss_fn) -> tuple:
         loss_sum, numbers = self._loss(model, batch, loss_fn)

@@ -5,10 +5,10 @@ the rest: a run that was interrupted and resumed equals the straight run bit for
 """
 
 import dataclasses
-import difflib
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,55 +18,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qwenlib.machine import fast_bfloat16
+from qwenlib.training.bad_steps import name_batch, too_many, why_bad
+from qwenlib.training.config import TrainConfig, compute_dtype
 from qwenlib.training.gradients import Gradients
 from qwenlib.training.optim import adamw
 from qwenlib.training.resume import load_state, save_state
-from qwenlib.training.schedule import SCHEDULES, learning_rate_at
+from qwenlib.training.schedule import learning_rate_at
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Optimiser settings of one run. Steps are optimiser steps; shares are of max_steps."""
-
-    max_steps: int
-    learning_rate: float
-    min_lr_ratio: float = 0.1
-    warmup_share: float = 0.1
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    grad_clip: float = 1.0
-    eval_every: int = 0  # 0: only at the end
-    save_every: int = 0  # 0: no resume state
-    autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
-    workers: int = 0  # micro-batches at once on a CPU (see `Gradients`); 0: as many as threads
-
-    def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.schedule not in SCHEDULES:
-            near = difflib.get_close_matches(self.schedule, SCHEDULES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown schedule {self.schedule!r}{hint}")
-        if self.autocast not in ("none", "bfloat16", "auto"):
-            raise ValueError(
-                f"autocast must be 'none', 'bfloat16' or 'auto', got {self.autocast!r}"
-            )
-
-    def resolved(self, device: torch.device) -> "TrainConfig":
-        """These settings with autocast "auto" decided for the device."""
-        return dataclasses.replace(self, autocast=compute_dtype(self.autocast, device))
-
-
-def compute_dtype(autocast: str, device: torch.device) -> str:
-    """The setting `autocast` with "auto" decided: "bfloat16" where its products are fast."""
-    if autocast != "auto":
-        return autocast
-    return "bfloat16" if fast_bfloat16(device) else "none"
+__all__ = ["TrainConfig", "TrainResult", "clear_state", "compute_dtype", "train"]
 
 
 @dataclass
@@ -108,7 +67,8 @@ def train(
         log: called as log({"loss": …}, step) after every step.
         evaluate: model -> metrics, before the first step, every `eval_every` steps and at the end.
         optimizer: in place of AdamW; its groups' learning rate follows the schedule.
-    Raises FloatingPointError when loss or gradient is not finite, naming the step.
+    Raises FloatingPointError for a bad step, naming it and its micro-batches; the weights are those
+    before it, and the last state stays. A bad step that is skipped leaves the optimiser alone.
     """
     optimizer = optimizer or adamw(
         model, config.learning_rate, config.betas, config.eps, config.weight_decay
@@ -137,11 +97,20 @@ def train(
             lr = learning_rate_at(
                 step, config.max_steps, config.learning_rate,
                 max(1, round(config.warmup_share * config.max_steps)), config.schedule,
-                config.min_lr_ratio,
+                config.min_lr_ratio, config.decay_share,
             )  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            row = _step(model, batches(step), loss_fn, optimizer, gradients, config, step)
+            micro_batches = batches(step)
+            row, bad = _step(
+                model, micro_batches, loss_fn, optimizer, gradients, config, result.history
+            )
+            if bad:
+                where = name_batch(step + 1, bad, micro_batches, gradients.losses, out_dir)
+                text = f"step {step + 1}: {bad}; {where}"
+                if config.on_bad_step == "stop" or too_many(result.history):
+                    raise FloatingPointError(f"{text}; lower learning_rate or look at the batch")
+                warnings.warn(f"skipped {text}", stacklevel=2)
             row |= {"step": step + 1, "lr": lr, "seconds": time.perf_counter() - started}
             result.history.append(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
@@ -171,8 +140,8 @@ def clear_state(out_dir: str | Path) -> None:
     shutil.rmtree(Path(out_dir) / "state", ignore_errors=True)
 
 
-def _step(model, micro_batches, loss_fn, optimizer, gradients, config, step) -> dict[str, float]:
-    """One optimiser step; the denominator is the count over all micro-batches."""
+def _step(model, micro_batches, loss_fn, optimizer, gradients, config, history) -> tuple:
+    """One optimiser step, or why there was none; it divides by the count over all micro-batches."""
     parameters = gradients.parameters
     total, count, sums = gradients(model, micro_batches, loss_fn)
     if count > 0:
@@ -181,23 +150,17 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, config, step) -> 
                 parameter.grad.div_(count)
     norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf")))
     loss = total / max(count, 1)
-    if not (abs(loss) < float("inf") and norm < float("inf")):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; lower learning_rate or look at "
-            "the batch of this step"
-        )
-    if count > 0:
+    bad = why_bad(loss, norm, history, config.spike_factor)
+    if count > 0 and not bad:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {key: value / max(count, 1) for key, value in sums.items()}
-    return {"loss": loss, "grad_norm": norm, "count": count, **means}
+    row = {"loss": loss, "grad_norm": norm, "count": count, "skipped": float(bool(bad))}
+    return row | means, bad
 
 
 def _check_same(config: TrainConfig, saved: dict, state_dir: Path) -> None:
-    now = dataclasses.asdict(config)
-    now.pop("workers")  # changes the time and, as threads do, the rounding
-    changed = sorted(key for key in now if now[key] != saved.get(key))
-    if changed:
+    if changed := config.differences(saved):
         raise ValueError(
             f"{state_dir} was written with other settings of {', '.join(changed)}; "
             "remove the folder to start afresh"

@@ -9,6 +9,7 @@ GRADIENTS, HEAD = "qwenlib.training.gradients", "qwenlib.kernels.cross_entropy"
 LOSSES, PACKING = "qwenlib.training.losses", "qwenlib.data.packing"
 ROLLOUTS, PREFERENCES = "qwenlib.post_training.rollouts", "qwenlib.post_training.preferences"
 TRAINING = "tests/training/"
+BAD, BAD_STEPS = TRAINING + "test_bad_steps.py::", "qwenlib.training.bad_steps"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
 GOLDEN = TRAINING + "test_golden.py::test_losses"
 WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
@@ -75,6 +76,20 @@ CASES = [
     Mutation("documents of a row see each other", "qwenlib.model.transformer",
              "mask_B1TS & (same_BTS & real_BTS)[:, None]", "mask_B1TS & real_BTS[:, None]",
              GOLDEN),
+    Mutation("a bad step moves the weights", LOOP, "if count > 0 and not bad:", "if count > 0:",
+             BAD + "test_a_skipped_step_equals_a_step_without_labels"),
+    Mutation("spikes raise the median", BAD_STEPS, ' and not row.get("skipped")', "",
+             BAD + "test_the_median_is_that_of_good_recent_steps"),
+    Mutation("the median of all time", BAD_STEPS, "history[-RECENT:]", "history",
+             BAD + "test_the_median_is_that_of_good_recent_steps"),
+    Mutation("the gradient's norm is not looked at", BAD_STEPS,
+             "if not (math.isfinite(loss) and math.isfinite(norm)):",
+             "if not math.isfinite(loss):", BAD + "test_what_is_bad"),
+    Mutation("skipping without end", BAD_STEPS, "len(list(skipped)) >= MOST_IN_A_ROW", "False",
+             BAD + "test_too_many_bad_steps_in_a_row_stop_the_run"),
+    Mutation("wsd falls when it likes", LOOP, "config.min_lr_ratio, config.decay_share,",
+             "config.min_lr_ratio,",
+             TRAINING + "test_loop.py::test_the_last_part_of_wsd_is_as_long_as_asked"),
     Mutation("schedule one step late", LOOP, "            step, config.max_steps, config.learning",
              "            max(step - 1, 0), config.max_steps, config.learning",
              TRAINING + "test_loop.py::test_history_log_and_schedule"),

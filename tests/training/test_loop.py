@@ -1,5 +1,6 @@
 """The loop: micro-batches, clipping, and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -161,6 +162,11 @@ def test_autocast_keeps_fp32_weights_and_learns():
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"autocast": "float16"}, "autocast"),
+        ({"on_bad_step": "skp"}, "on_bad_step 'skp'.*did you mean 'skip'"),
+        ({"spike_factor": 0.5}, "spike_factor must be 0"),
+        ({"decay_share": 0.0}, "decay_share"),
+        ({"warmup_share": 1.5}, "warmup_share must be between 0 and 1"),
+        ({"save_every": -1}, "save_every must be at least 0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -168,12 +174,31 @@ def test_bad_settings_are_named(changes, message):
         settings(**changes)
 
 
+def test_the_last_part_of_wsd_is_as_long_as_asked():
+    rates = [
+        [r["lr"] for r in run(max_steps=10, schedule="wsd", decay_share=share).history]
+        for share in (0.2, 0.5)
+    ]
+    assert rates[0] == [r["lr"] for r in run(max_steps=10, schedule="wsd").history]
+    assert [sum(r == 1e-2 for r in part) for part in rates] == [8, 6]
+    assert rates[0][-1] == rates[1][-1] == pytest.approx(1e-3)
+
+
+def test_settings_of_a_saved_run_are_compared_by_name():
+    saved = dataclasses.asdict(settings(max_steps=5, on_bad_step="skip"))
+    assert settings(max_steps=5, workers=3).differences(saved) == []
+    assert settings(grad_clip=2.0).differences(saved) == ["grad_clip", "max_steps"]
+    del saved["decay_share"]  # written before there was such a setting
+    assert settings(max_steps=5).differences(saved) == []
+    assert settings(max_steps=5, decay_share=0.5).differences(saved) == ["decay_share"]
+
+
 def test_auto_compute_dtype_follows_the_hardware(monkeypatch):
-    import qwenlib.training.loop as loop
+    from qwenlib.training import config
 
     cpu = torch.device("cpu")
     for fast, want in ((True, "bfloat16"), (False, "none")):
-        monkeypatch.setattr(loop, "fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(config, "fast_bfloat16", lambda device, fast=fast: fast)
         assert settings(autocast="auto").resolved(cpu).autocast == want
         one, two = run(max_steps=3, autocast="auto"), run(max_steps=3, autocast=want)
         assert [row["loss"] for row in one.history] == [row["loss"] for row in two.history]
