@@ -21,6 +21,7 @@ from tqdm import tqdm
 from qwenlib.training.bad_steps import name_batch, too_many, why_bad
 from qwenlib.training.config import TrainConfig, compute_dtype
 from qwenlib.training.gradients import Gradients
+from qwenlib.training.history import History
 from qwenlib.training.optim import adamw
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import learning_rate_at
@@ -30,7 +31,7 @@ __all__ = ["TrainConfig", "TrainResult", "clear_state", "compute_dtype", "train"
 
 @dataclass
 class TrainResult:
-    """history: one dict a step (step, loss, lr, grad_norm, tokens, …); evaluations likewise."""
+    """history: one dict a step (step, loss, grad_norm, lr, count, …); evaluations likewise."""
 
     model: nn.Module
     steps: int
@@ -81,11 +82,12 @@ def train(
     if state_dir and (restored := load_state(state_dir, model, optimizer)):
         first, extra = restored
         _check_same(config, extra["config"], state_dir)
-        result.history, result.evaluations = extra["history"], extra["evaluations"]
         result.seconds = extra["seconds"]
+    history = History(state_dir and state_dir / "history.jsonl", first)
+    result.history, result.evaluations = history.rows, history.evaluations
     started = time.perf_counter() - result.seconds
-    if evaluate and not result.evaluations:
-        result.evaluations.append({"step": 0, **evaluate(model)})
+    if evaluate and not first:
+        history.add_evaluation({"step": 0, **evaluate(model)})
     bar = tqdm(
         range(first, config.max_steps), initial=first, total=config.max_steps, desc=description,
         mininterval=2.0, file=sys.stdout, ascii=True, ncols=78,
@@ -112,23 +114,22 @@ def train(
                     raise FloatingPointError(f"{text}; lower learning_rate or look at the batch")
                 warnings.warn(f"skipped {text}", stacklevel=2)
             row |= {"step": step + 1, "lr": lr, "seconds": time.perf_counter() - started}
-            result.history.append(row)
+            history.add(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
             if log:
                 log({key: value for key, value in row.items() if key != "step"}, step + 1)
             last = step + 1 == config.max_steps
             if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
                 scores = evaluate(model)
-                result.evaluations.append({"step": step + 1, **scores})
+                history.add_evaluation({"step": step + 1, **scores})
                 if log:
                     log({f"eval/{key}": value for key, value in scores.items()}, step + 1)
             if state_dir and not last and (step + 1) % config.save_every == 0:
                 extra = {
-                    "history": result.history,
-                    "evaluations": result.evaluations,
                     "seconds": time.perf_counter() - started,
                     "config": dataclasses.asdict(config),
                 }
+                history.sync()
                 save_state(state_dir, step + 1, model, optimizer, extra)
     result.seconds = time.perf_counter() - started
     model.eval()

@@ -10,6 +10,8 @@ LOSSES, PACKING = "qwenlib.training.losses", "qwenlib.data.packing"
 ROLLOUTS, PREFERENCES = "qwenlib.post_training.rollouts", "qwenlib.post_training.preferences"
 TRAINING = "tests/training/"
 BAD, BAD_STEPS = TRAINING + "test_bad_steps.py::", "qwenlib.training.bad_steps"
+HISTORY = "qwenlib.training.history"
+TAKEN_UP = TRAINING + "test_history.py::test_a_run_taken_up_keeps_its_lines_and_cuts_the_rest"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
 GOLDEN = TRAINING + "test_golden.py::test_losses"
 WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
@@ -114,8 +116,13 @@ CASES = [
              '    state["model"] = {\n'
              '        key: value + 1e-3 for key, value in state["model"].items()\n'
              "    }\n    dcp.save(state,", RESUMED),
-    Mutation("history not restored", LOOP, 'extra["history"], extra["evaluations"]',
-             '[], extra["evaluations"]', RESUMED),
+    Mutation("history not restored", LOOP, '"history.jsonl", first)', '"history.jsonl", 0)',
+             RESUMED),
+    Mutation("steps after the state kept", HISTORY, 'if row["step"] <= step:', "if True:",
+             TAKEN_UP),
+    Mutation("history of a rewritten file", HISTORY,
+             "        if write:\n            self._begin()\n",
+             "        if write and not step:\n            self._begin()\n", TAKEN_UP),
     Mutation("first label kept", PACKING, "labels_BT[row, start] = IGNORE", "pass", ALONE),
     Mutation("packed positions run on", PACKING, "np.arange(len(ids))",
              "np.arange(start, start + len(ids))",

@@ -121,12 +121,23 @@ def test_resumed_run_equals_the_straight_run(optimizer, cut_at):
 def test_only_the_newest_state_stays_and_can_be_cleared(tmp_path):
     seed_all(0)
     result = run(tmp_path, model())
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000006"]
+    names = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert names == ["history.jsonl", "step_00000006"]
     again = run(tmp_path, model(7))  # from step 6, two steps to go
     assert rows(again.history)[:6] == rows(result.history)[:6]
     clear_state(tmp_path)
     assert not (tmp_path / "state").exists()
     clear_state(tmp_path)  # nothing there: nothing to do
+
+
+def test_a_lost_history_is_not_begun_with_todays_weights(tmp_path):
+    """The weights of step 6 are not evaluated as those of step 0; the gap is told of."""
+    run(tmp_path, model())
+    (tmp_path / "state" / "history.jsonl").unlink()
+    with pytest.warns(UserWarning, match="0 of the 6 steps"):
+        again = run(tmp_path, model(7))
+    assert [row["step"] for row in again.history] == [7, 8]
+    assert [row["step"] for row in again.evaluations] == [8]
 
 
 def test_an_interrupted_write_is_not_taken_for_a_state(tmp_path):
