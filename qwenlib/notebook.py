@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.metadata
 import inspect
 import io
 import json
-import math
 import os
 import platform
 import random
@@ -24,13 +22,13 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenlib import plotting, stages
 from qwenlib.machine import cores
+from qwenlib.recorder import Recorder, plain
 
 PACKAGES = (
     "torch", "numpy", "transformers", "datasets", "tokenizers", "scikit-learn", "wandb",
@@ -97,8 +95,6 @@ class Run:
         self._checks: dict[str, dict[str, Any]] = {}
         self._figures: list[str] = []
         self._compare: list[dict[str, Any]] = []
-        self._logged: set[frozenset[str]] = set()
-        self._wandb: Any = None
 
     # ------------------------------------------------------------ start
 
@@ -109,6 +105,10 @@ class Run:
         self._began = time.perf_counter()  # time of this stage, without the ones it had to build
         self.device = seed_everything(self.params.seed, self.params.device)
         self._fingerprint, self._parts = stages.fingerprint(self._resolved, self.run_dir)
+        self._recorder = Recorder(
+            self.dir, wandb_mode=self.params.wandb_mode, identity=self._fingerprint,
+            name=f"{self.run_dir.name}/{self.chapter}", config=dict(self.params),
+        )  # fmt: skip
         before = stages.read_json(self.dir / "results.json") or {}
         begun = stages.read_json(self.dir / "started.json") or before
         resumed = begun.get("fingerprint") == self._fingerprint
@@ -281,27 +281,11 @@ class Run:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Append numbers of one step to `metrics.jsonl` and to wandb."""
-        row = {"step": int(step), **_plain(metrics)}
-        path, key = self.dir / "metrics.jsonl", frozenset(metrics)
-        if key not in self._logged:
-            # First line of this series: a resumed run repeats steps after its last checkpoint.
-            self._logged.add(key)
-            kept = [r for r in self.history() if r["step"] < step or set(r) - {"step"} != set(key)]
-            path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._wandb is None:
-            self._wandb = self._start_wandb()
-        self._to_wandb(lambda: self._wandb.log(row))
+        self._recorder.log(metrics, step)
 
     def history(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl` (a half-written last line of a killed run is left out)."""
-        path = self.dir / "metrics.jsonl"
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        return self._recorder.history()
 
     def figure(self, fig: Any, name: str) -> None:
         """Save a matplotlib figure (or seaborn grid) as `figures/<name>.png`, show and close it."""
@@ -328,7 +312,7 @@ class Run:
         for row in rows:
             if set(row) != set(columns):
                 raise ValueError(f"a row of compare() has the keys {columns}, got {tuple(row)}")
-        self._compare = [_plain(row) for row in rows]
+        self._compare = [plain(row) for row in rows]
         lines = ["| | report | here | why they differ |", "|---|---|---|---|"]
         lines += [
             "| " + " | ".join(_escape(_short(row[c])) for c in columns) + " |" for row in rows
@@ -341,12 +325,8 @@ class Run:
             raise ValueError(
                 f"no figure {key_figure!r}" + stages.nearest(key_figure, self._figures)
             )
-        metrics = _plain(metrics)
-        if self._wandb is None:
-            self._wandb = self._start_wandb()
-        self._to_wandb(lambda: self._wandb.summary.update(metrics))
-        self._to_wandb(lambda: self._wandb.finish())
-        self._wandb = None
+        metrics = plain(metrics)
+        self._recorder.finish(metrics)
         results = self._write("done", metrics, key_figure)
         line = {
             "ok": True,
@@ -372,7 +352,7 @@ class Run:
             "compare": self._compare,
             "figures": self._figures,
             "key_figure": key_figure,
-            "parameters": _plain(dict(self.params)),
+            "parameters": plain(dict(self.params)),
             "parameters_from": self._resolved.origin,
             "outputs": stages.outputs(self.dir),
             "fingerprint": self._fingerprint,
@@ -382,48 +362,6 @@ class Run:
         }
         stages.write_json(self.dir / "results.json", results)
         return results
-
-    # ------------------------------------------------------------ wandb
-
-    def _start_wandb(self) -> Any:
-        """A wandb run, or False when it is disabled or does not start: no run is lost to it."""
-        mode = self.params.wandb_mode
-        if mode == "disabled":
-            return False
-        try:
-            os.environ.setdefault("WANDB_SILENT", "true")
-            import wandb
-
-            identity = f"{self.dir}:{self._fingerprint}"
-            run = wandb.init(
-                project="qwenlib",
-                name=f"{self.run_dir.name}/{self.chapter}",
-                id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-                # Offline runs are files; wandb joins those with one id when they are synced.
-                resume="allow" if mode == "online" else None,
-                mode=mode,
-                dir=str(self.dir),
-                config=_plain(dict(self.params)),
-                settings=wandb.Settings(
-                    silent=True, console="off", disable_git=True, save_code=False,
-                    x_disable_stats=True, x_disable_meta=True,
-                ),
-            )  # fmt: skip
-            # Several loops of one notebook may count their own steps.
-            run.define_metric("*", step_metric="step")
-            return run
-        except Exception as error:  # a logger must never stop a run
-            warnings.warn(f"wandb did not start ({error}); going on without it", stacklevel=2)
-            return False
-
-    def _to_wandb(self, action: Callable[[], Any]) -> None:
-        if not self._wandb:
-            return
-        try:
-            action()
-        except Exception as error:
-            warnings.warn(f"wandb stopped ({error}); going on without it", stacklevel=2)
-            self._wandb = False
 
 
 def show(thing: Any) -> None:
@@ -524,20 +462,3 @@ def _short(value: Any) -> str:
     """Four significant digits for a float; everything else as it is."""
     value = value.item() if hasattr(value, "item") else value
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready copy: arrays and tensors of one number become numbers, NaN and infinity null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"a result must be a number, text, list or dict, got {type(value).__name__}")

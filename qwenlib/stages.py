@@ -36,7 +36,8 @@ MODEL_PARAMETERS = ("base_model", "merge_base")
 NOT_IN_FINGERPRINT = ("run_dir", "wandb_mode", "device", "missing_input")
 # These files present results or start runs; they cannot change a number in a stage.
 NOT_IN_SOURCE_HASH = {
-    "batch", "profiles", "cli.py", "__main__.py", "plotting.py", "notebook.py", "stages.py",
+    "batch", "profiles", "cli.py", "__main__.py", "plotting.py", "notebook.py", "recorder.py",
+    "stages.py",
 }  # fmt: skip
 # Raise when the seeding in notebook.py or the rules of this file change what a stage computes.
 FINGERPRINT_VERSION = 1

@@ -91,7 +91,7 @@ def test_a_kernel_reads_the_library_as_it_is_when_it_starts(tmp_path, monkeypatc
     (package / "batch").mkdir(parents=True)
     for name in ("__init__.py", "batch/__init__.py", "batch/kernel_parent.py"):
         (package / name).write_text((stages.PACKAGE / name).read_text())
-    for name in ("notebook.py", "plotting.py", "stages.py"):
+    for name in ("notebook.py", "plotting.py", "recorder.py", "stages.py"):
         (package / name).write_text((stages.PACKAGE / name).read_text())
     (package / "number.py").write_text("value = 1\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
