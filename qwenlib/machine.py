@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +85,16 @@ def _memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+
+def peak_memory_mb(device: Any) -> float:
+    """Highest memory of this process so far in MB: GPU memory on cuda, else resident memory."""
+    if device.type == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def median_seconds(action: Callable[[], Any], repeats: int, device: Any) -> float:

@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenlib import plotting, stages
-from qwenlib.machine import cores
+from qwenlib.machine import cores, peak_memory_mb
 from qwenlib.recorder import Recorder, plain
 
 PACKAGES = (
@@ -392,16 +391,6 @@ def seed_everything(seed: int, device: str = "auto") -> Any:
             f"(torch {torch.__version__}); use device='auto' or install a CUDA build of torch"
         )
     return torch.device("cuda" if available and device != "cpu" else "cpu")
-
-
-def peak_memory_mb(device: Any) -> float:
-    """Highest memory of this process so far in MB: GPU memory on cuda, else resident memory."""
-    if device.type == "cuda":
-        import torch
-
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def git_revision() -> str:

@@ -35,6 +35,11 @@ class PackedBatch:
         return PackedBatch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
     @property
+    def row_shape(self) -> tuple[int, int]:
+        """Rows, and tokens of a row."""
+        return tuple(self.input_ids_BT.shape)
+
+    @property
     def num_targets(self) -> int:
         """Tokens that some loss counts (labels that are not -100)."""
         return int((self.labels_BT != IGNORE).sum())

@@ -1,5 +1,6 @@
 """Data sheets of GPUs: what a plan divides by."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -29,3 +30,23 @@ GPUS: dict[str, Gpu] = {
         Gpu("rtx-4090", 24e9, 165.2e12, 1.008e12, "NVIDIA Ada architecture white paper"),
     )
 }
+
+# What the driver calls them, as patterns that leave out siblings of another speed.
+_NAMES = {
+    r"A100-(SXM4|PCIE)-40GB$": "a100-40gb",
+    r"A100-SXM4-80GB$|A100 80GB PCIe$": "a100-80gb",
+    r"H100 80GB HBM3$|H100 SXM": "h100-sxm",
+    r"H100 PCIe$": "h100-pcie",
+    r"\bH200$": "h200",
+    r"\bB200$": "b200",
+    r"L40S$": "l40s",
+    r"RTX 4090$": "rtx-4090",
+}
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """The sheet of a device by the name that its driver gives; None for one that is not here."""
+    for pattern, key in _NAMES.items():
+        if re.search(pattern, device_name):
+            return GPUS[key]
+    return None

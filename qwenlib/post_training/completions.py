@@ -31,6 +31,11 @@ class CompletionBatch:
     def to(self, device: torch.device | str) -> "CompletionBatch":
         return CompletionBatch(self.input_ids_NT.to(device), self.labels_NT.to(device))
 
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Rows, and tokens of a row."""
+        return tuple(self.input_ids_NT.shape)
+
 
 def completion_batch(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int

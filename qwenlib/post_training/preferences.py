@@ -34,6 +34,11 @@ class PairBatch:
     rows: CompletionBatch
     reference_2B: Tensor
 
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Rows, and tokens of a row."""
+        return self.rows.row_shape
+
 
 def build_pairs(
     answers: Answers, per_task: int = 1, min_pass_rate: float = 0.0,

@@ -25,6 +25,11 @@ class RolloutBatch:
     advantages_N: Tensor
     stats: dict[str, float]
 
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Rows, and tokens of a row."""
+        return self.rows.row_shape
+
 
 def order_by_variance(answers: Answers) -> tuple[list[Task], list[float]]:
     """Tasks in descending order of their rewards' variance, and that variance (report §4.3).

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from qwenlib.training.bad_steps import name_batch, too_many, why_bad
 from qwenlib.training.config import TrainConfig, compute_dtype
+from qwenlib.training.distributed import rank, sum_over_ranks
 from qwenlib.training.gradients import Gradients
 from qwenlib.training.history import History
+from qwenlib.training.meter import Meter, bits_a_byte, progress
 from qwenlib.training.optim import adamw
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import learning_rate_at
@@ -62,6 +64,8 @@ def train(
 
     Args:
         batches: step -> micro-batches of that step; a pure function, which makes resuming exact.
+            One with a `row_shape` (rows, tokens a row) is counted for the speed (see `Meter`), one
+            with a method `describe` says what it holds when the step is bad.
         loss_fn: (model, micro-batch) -> (loss_sum, count, stats). The step's gradient is that of
             the sum of loss_sum over the sum of counts. stats are means; the step's are weighted
             by the counts.
@@ -83,15 +87,17 @@ def train(
         first, extra = restored
         _check_same(config, extra["config"], state_dir)
         result.seconds = extra["seconds"]
-    history = History(state_dir and state_dir / "history.jsonl", first)
+    history = History(state_dir and state_dir / "history.jsonl", first, write=rank() == 0)
     result.history, result.evaluations = history.rows, history.evaluations
+    meter = Meter(model, parameters[0].device, config.autocast)
     started = time.perf_counter() - result.seconds
     if evaluate and not first:
         history.add_evaluation({"step": 0, **evaluate(model)})
     bar = tqdm(
         range(first, config.max_steps), initial=first, total=config.max_steps, desc=description,
-        mininterval=2.0, file=sys.stdout, ascii=True, ncols=78,
-        disable=not show_progress,
+        mininterval=2.0, file=sys.stdout, ascii=True, ncols=88,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        disable=not show_progress or rank() > 0,
     )  # fmt: skip
     with Gradients(parameters, config.autocast, config.workers) as gradients:
         for step in bar:
@@ -103,9 +109,10 @@ def train(
             )  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            meter.start()
             micro_batches = batches(step)
             row, bad = _step(
-                model, micro_batches, loss_fn, optimizer, gradients, config, result.history
+                model, micro_batches, loss_fn, optimizer, gradients, meter, config, history.rows
             )
             if bad:
                 where = name_batch(step + 1, bad, micro_batches, gradients.losses, out_dir)
@@ -115,7 +122,7 @@ def train(
                 warnings.warn(f"skipped {text}", stacklevel=2)
             row |= {"step": step + 1, "lr": lr, "seconds": time.perf_counter() - started}
             history.add(row)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
+            bar.set_postfix_str(progress(row), refresh=False)
             if log:
                 log({key: value for key, value in row.items() if key != "step"}, step + 1)
             last = step + 1 == config.max_steps
@@ -141,10 +148,14 @@ def clear_state(out_dir: str | Path) -> None:
     shutil.rmtree(Path(out_dir) / "state", ignore_errors=True)
 
 
-def _step(model, micro_batches, loss_fn, optimizer, gradients, config, history) -> tuple:
+def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, history) -> tuple:
     """One optimiser step, or why there was none; it divides by the count over all micro-batches."""
     parameters = gradients.parameters
     total, count, sums = gradients(model, micro_batches, loss_fn)
+    numbers = sum_over_ranks(
+        [total, count, *meter.work(micro_batches), *sums.values()], gradients.device
+    )
+    total, count, tokens, flops = numbers[:4]
     if count > 0:
         for parameter in parameters:
             if parameter.grad is not None:
@@ -155,9 +166,9 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, config, history) 
     if count > 0 and not bad:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    means = {key: value / max(count, 1) for key, value in sums.items()}
+    means = {key: value / max(count, 1) for key, value in zip(sums, numbers[4:], strict=True)}
     row = {"loss": loss, "grad_norm": norm, "count": count, "skipped": float(bool(bad))}
-    return row | means, bad
+    return row | bits_a_byte(means) | meter.read(tokens, flops), bad
 
 
 def _check_same(config: TrainConfig, saved: dict, state_dir: Path) -> None:

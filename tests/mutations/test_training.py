@@ -12,6 +12,7 @@ TRAINING = "tests/training/"
 BAD, BAD_STEPS = TRAINING + "test_bad_steps.py::", "qwenlib.training.bad_steps"
 HISTORY = "qwenlib.training.history"
 TAKEN_UP = TRAINING + "test_history.py::test_a_run_taken_up_keeps_its_lines_and_cuts_the_rest"
+METER, METERED = "qwenlib.training.meter", TRAINING + "test_meter.py::"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
 GOLDEN = TRAINING + "test_golden.py::test_losses"
 WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
@@ -92,6 +93,18 @@ CASES = [
     Mutation("wsd falls when it likes", LOOP, "config.min_lr_ratio, config.decay_share,",
              "config.min_lr_ratio,",
              TRAINING + "test_loop.py::test_the_last_part_of_wsd_is_as_long_as_asked"),
+    Mutation("seconds of the whole run", METER, "seconds = time.perf_counter() - self.began",
+             "seconds = time.perf_counter()", METERED + "test_speed_by_hand"),
+    Mutation("utilisation of the forward pass", METER, "length, training=True)", "length)",
+             METERED + "test_speed_by_hand"),
+    Mutation("bytes of the inputs", METER, "targets_BT = batch.labels_BT[:, 1:]",
+             "targets_BT = batch.labels_BT[:, :-1]", METERED + "test_bits_a_byte_are_exact"),
+    Mutation("mean of the micro-batches' bits", METER,
+             '"text_nats": loss_sum.detach() / least, "text_bytes": size / least',
+             '"text_nats": loss_sum.detach() / size, "text_bytes": size / size',
+             METERED + "test_bits_a_byte_are_exact"),
+    Mutation("control tokens have bytes", METER, "if token not in control:", "if True:",
+             METERED + "test_bytes_of_tokens_add_up_to_the_text"),
     Mutation("schedule one step late", LOOP, "            step, config.max_steps, config.learning",
              "            max(step - 1, 0), config.max_steps, config.learning",
              TRAINING + "test_loop.py::test_history_log_and_schedule"),
@@ -116,7 +129,7 @@ CASES = [
              '    state["model"] = {\n'
              '        key: value + 1e-3 for key, value in state["model"].items()\n'
              "    }\n    dcp.save(state,", RESUMED),
-    Mutation("history not restored", LOOP, '"history.jsonl", first)', '"history.jsonl", 0)',
+    Mutation("history not restored", LOOP, '"history.jsonl", first,', '"history.jsonl", 0,',
              RESUMED),
     Mutation("steps after the state kept", HISTORY, 'if row["step"] <= step:', "if True:",
              TAKEN_UP),
