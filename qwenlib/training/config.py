@@ -36,6 +36,7 @@ class TrainConfig:
     save_every: int = 0  # 0: no resume state
     autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
     workers: int = 0  # micro-batches at once on a CPU (see `Gradients`); 0: as many as threads
+    ema_decay: float = 0.0  # of a moving average of the weights, say 0.999; 0: none
     on_bad_step: str = "stop"  # not finite, or a spike: stop | skip it (see `bad_steps`)
     spike_factor: float = 0.0  # loss or norm above so many medians is a spike; 0: nothing is
 
@@ -47,6 +48,7 @@ class TrainConfig:
         self._require("max_steps", self.max_steps >= 1, "at least 1")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "positive")
         self._require("decay_share", 0 < self.decay_share <= 1, "above 0 and at most 1")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "0 (off) or between 0 and 1")
         spike = self.spike_factor == 0 or self.spike_factor > 1
         self._require("spike_factor", spike, "0 (off) or above 1, say 3")
         self._choose("schedule", SCHEDULES)

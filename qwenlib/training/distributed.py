@@ -1,9 +1,11 @@
 """What several processes must agree on; a process that is alone agrees with itself at no cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def rank() -> int:
@@ -26,3 +28,15 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum the gradients of replicated parameters over ranks; sharded ones (DTensor) are already.
+
+    Every rank must have gradients of the same parameters.
+    """
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
+            dist.all_reduce(parameter.grad)

@@ -10,17 +10,21 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from qwenlib.training.averages import WeightAverage
 from qwenlib.training.bad_steps import name_batch, too_many, why_bad
 from qwenlib.training.config import TrainConfig, compute_dtype
-from qwenlib.training.distributed import rank, sum_over_ranks
+from qwenlib.training.distributed import rank, sum_gradients, sum_over_ranks
 from qwenlib.training.gradients import Gradients
 from qwenlib.training.history import History
 from qwenlib.training.meter import Meter, bits_a_byte, progress
@@ -40,6 +44,7 @@ class TrainResult:
     history: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    average: WeightAverage | None = None  # with ema_decay; `average.copy_to(model)` takes it over
 
     @property
     def tokens(self) -> int:
@@ -70,7 +75,8 @@ def train(
             the sum of loss_sum over the sum of counts. stats are means; the step's are weighted
             by the counts.
         log: called as log({"loss": …}, step) after every step.
-        evaluate: model -> metrics, before the first step, every `eval_every` steps and at the end.
+        evaluate: model -> metrics, before the first step, every `eval_every` steps and at the end;
+            with ema_decay the model has the averaged weights in it.
         optimizer: in place of AdamW; its groups' learning rate follows the schedule.
     Raises FloatingPointError for a bad step, naming it and its micro-batches; the weights are those
     before it, and the last state stays. A bad step that is skipped leaves the optimiser alone.
@@ -80,19 +86,22 @@ def train(
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     config = config.resolved(parameters[0].device)
-    result = TrainResult(model, config.max_steps)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    result = TrainResult(model, config.max_steps, average=average)
     state_dir = Path(out_dir) / "state" if out_dir and config.save_every else None
     first = 0
-    if state_dir and (restored := load_state(state_dir, model, optimizer)):
+    check, weights = partial(_check_same, config, state_dir), average and average.weights
+    if state_dir and (restored := load_state(state_dir, model, optimizer, weights, check)):
         first, extra = restored
-        _check_same(config, extra["config"], state_dir)
         result.seconds = extra["seconds"]
+        if average:
+            average.updates = extra["average_updates"]
     history = History(state_dir and state_dir / "history.jsonl", first, write=rank() == 0)
     result.history, result.evaluations = history.rows, history.evaluations
     meter = Meter(model, parameters[0].device, config.autocast)
     started = time.perf_counter() - result.seconds
     if evaluate and not first:
-        history.add_evaluation({"step": 0, **evaluate(model)})
+        history.add_evaluation({"step": 0, **_evaluated(evaluate, model, average)})
     bar = tqdm(
         range(first, config.max_steps), initial=first, total=config.max_steps, desc=description,
         mininterval=2.0, file=sys.stdout, ascii=True, ncols=88,
@@ -120,6 +129,8 @@ def train(
                 if config.on_bad_step == "stop" or too_many(result.history):
                     raise FloatingPointError(f"{text}; lower learning_rate or look at the batch")
                 warnings.warn(f"skipped {text}", stacklevel=2)
+            elif average:
+                average.update(model)
             row |= {"step": step + 1, "lr": lr, "seconds": time.perf_counter() - started}
             history.add(row)
             bar.set_postfix_str(progress(row), refresh=False)
@@ -127,7 +138,7 @@ def train(
                 log({key: value for key, value in row.items() if key != "step"}, step + 1)
             last = step + 1 == config.max_steps
             if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                scores = evaluate(model)
+                scores = _evaluated(evaluate, model, average)
                 history.add_evaluation({"step": step + 1, **scores})
                 if log:
                     log({f"eval/{key}": value for key, value in scores.items()}, step + 1)
@@ -135,9 +146,10 @@ def train(
                 extra = {
                     "seconds": time.perf_counter() - started,
                     "config": dataclasses.asdict(config),
+                    "average_updates": average.updates if average else 0,
                 }
                 history.sync()
-                save_state(state_dir, step + 1, model, optimizer, extra)
+                save_state(state_dir, step + 1, model, optimizer, extra, weights)
     result.seconds = time.perf_counter() - started
     model.eval()
     return result
@@ -148,6 +160,11 @@ def clear_state(out_dir: str | Path) -> None:
     shutil.rmtree(Path(out_dir) / "state", ignore_errors=True)
 
 
+def _evaluated(evaluate, model, average: WeightAverage | None) -> dict:
+    with average.in_place_of(model) if average else nullcontext():
+        return evaluate(model)
+
+
 def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, history) -> tuple:
     """One optimiser step, or why there was none; it divides by the count over all micro-batches."""
     parameters = gradients.parameters
@@ -156,11 +173,13 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, hi
         [total, count, *meter.work(micro_batches), *sums.values()], gradients.device
     )
     total, count, tokens, flops = numbers[:4]
+    sum_gradients(parameters)
     if count > 0:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(count)
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf")))
+    norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     loss = total / max(count, 1)
     bad = why_bad(loss, norm, history, config.spike_factor)
     if count > 0 and not bad:
@@ -171,8 +190,8 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, hi
     return row | bits_a_byte(means) | meter.read(tokens, flops), bad
 
 
-def _check_same(config: TrainConfig, saved: dict, state_dir: Path) -> None:
-    if changed := config.differences(saved):
+def _check_same(config: TrainConfig, state_dir: Path, extra: dict) -> None:
+    if changed := config.differences(extra["config"]):
         raise ValueError(
             f"{state_dir} was written with other settings of {', '.join(changed)}; "
             "remove the folder to start afresh"

@@ -32,7 +32,7 @@ class Meter:
     def __init__(self, model: nn.Module, device: torch.device, autocast: str):
         config = getattr(model, "config", None)
         self.config = config if isinstance(config, QwenConfig) else None
-        self.device = device
+        self.device, self.seen = device, False
         weights = next(model.parameters()).dtype
         self.dtype = torch.bfloat16 if autocast == "bfloat16" else weights
 
@@ -54,9 +54,10 @@ class Meter:
         """Of the step that ends: its speed, given what all ranks did together."""
         seconds = time.perf_counter() - self.began
         row = {}
-        if tokens:
+        self.seen = self.seen or tokens > 0  # once there, the keys stay: rows have the same columns
+        if self.seen:
             row |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
-        if flops:
+        if self.seen and self.config:
             most = peak_flops(self.device, self.dtype, torch.get_num_threads()) * world_size()
             row["mfu"] = flops / seconds / most
         return row | {"peak_memory_mb": machine.peak_memory_mb(self.device)}

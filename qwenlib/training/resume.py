@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,13 @@ def _set_random_state(state: dict) -> None:
 
 
 def save_state(
-    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict
-) -> None:
-    """Write `directory/step_N` beside its predecessors, then drop the older ones."""
+    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict,
+    average: dict[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write `directory/step_N` beside its predecessors, then drop the older ones.
+
+    average: averaged weights by name, where a run has them.
+    """
     final = directory / f"step_{step:08d}"
     partial = directory / f".partial_{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -40,6 +45,8 @@ def save_state(
     state = {"model": model.state_dict()}
     if optimizer.state:  # none before the first step that has a label
         state["optimizer"] = _flatten(optimizer.state_dict())
+    if average:
+        state["average"] = average
     with _quiet():
         dcp.save(state, checkpoint_id=partial / "tensors", no_dist=True)
     meta = {
@@ -57,18 +64,27 @@ def save_state(
 
 
 def load_state(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict] | None:
-    """Restore the newest complete state; returns (next step, extra), or None if there is none."""
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor] | None = None, check: Callable[[dict], None] | None = None,
+) -> tuple[int, dict] | None:  # fmt: skip
+    """Restore the newest complete state; returns (next step, extra), or None if there is none.
+
+    The tensors of `average` are filled with the averaged weights of their names. `check` gets extra
+    before anything is restored, and raises when this is no state to go on from.
+    """
     found = sorted(directory.glob("step_*"))
     if not found:
         return None
     # Our own file of primitives and generator states; weights_only would refuse Python's tuples.
     meta = torch.load(found[-1] / "meta.pt", weights_only=False)
+    if check:
+        check(meta["extra"])
     state = {"model": model.state_dict()}
     if meta["stepped"]:
         _materialise(optimizer)
         state["optimizer"] = _flatten(optimizer.state_dict())
+    if average:
+        state["average"] = average
     with _quiet():
         dcp.load(state, checkpoint_id=found[-1] / "tensors", no_dist=True)
     model.load_state_dict(state["model"])

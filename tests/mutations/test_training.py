@@ -13,6 +13,7 @@ BAD, BAD_STEPS = TRAINING + "test_bad_steps.py::", "qwenlib.training.bad_steps"
 HISTORY = "qwenlib.training.history"
 TAKEN_UP = TRAINING + "test_history.py::test_a_run_taken_up_keeps_its_lines_and_cuts_the_rest"
 METER, METERED = "qwenlib.training.meter", TRAINING + "test_meter.py::"
+AVERAGES, AVERAGED = "qwenlib.training.averages", TRAINING + "test_averages.py::"
 MICRO = TRAINING + "test_loop.py::test_micro_batches_equal_one_batch"
 GOLDEN = TRAINING + "test_golden.py::test_losses"
 WORKERS = TRAINING + "test_gradients.py::test_workers_change_no_bit"
@@ -136,6 +137,19 @@ CASES = [
     Mutation("history of a rewritten file", HISTORY,
              "        if write:\n            self._begin()\n",
              "        if write and not step:\n            self._begin()\n", TAKEN_UP),
+    Mutation("updates of the average begin again", LOOP,
+             'average.updates = extra["average_updates"]', "pass", RESUMED),
+    Mutation("average not restored", RESUME,
+             '        state["average"] = average\n    with _quiet():\n        dcp.load(state',
+             "        pass\n    with _quiet():\n        dcp.load(state", RESUMED),
+    Mutation("the average stays in the model", AVERAGES, "parameter.copy_(value)", "pass",
+             AVERAGED + "test_the_model_has_it_inside_and_its_own_weights_after"),
+    Mutation("the first weights stay in the average", AVERAGES,
+             "min(self.decay, (1 + self.updates) / (10 + self.updates))", "self.decay",
+             AVERAGED + "test_by_hand"),
+    Mutation("evaluations of the last weights", LOOP,
+             "with average.in_place_of(model) if average else nullcontext():", "if True:",
+             AVERAGED + "test_evaluations_are_of_the_average_and_training_is_not_changed"),
     Mutation("first label kept", PACKING, "labels_BT[row, start] = IGNORE", "pass", ALONE),
     Mutation("packed positions run on", PACKING, "np.arange(len(ids))",
              "np.arange(start, start + len(ids))",

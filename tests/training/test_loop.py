@@ -48,6 +48,17 @@ def run(split=1, net=None, **changes):
 
 
 @pytest.mark.parametrize("split", [2, 3])
+def test_a_run_in_micro_batches_equals_one_in_batches(split):
+    """20 steps of AdamW: losses to 1e-6 of their size, weights to 1e-5."""
+    one, many = run(max_steps=20), run(split, max_steps=20)
+    for a, b in zip(one.history, many.history, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["count"] == a["count"]
+    for a, b in zip(one.model.parameters(), many.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("split", [2, 3])
 def test_micro_batches_equal_one_batch(split):
     """One SGD step without clipping: the weights differ by the gradients' rounding alone."""
     results = []
@@ -164,6 +175,7 @@ def test_autocast_keeps_fp32_weights_and_learns():
         ({"autocast": "float16"}, "autocast"),
         ({"on_bad_step": "skp"}, "on_bad_step 'skp'.*did you mean 'skip'"),
         ({"spike_factor": 0.5}, "spike_factor must be 0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
         ({"decay_share": 0.0}, "decay_share"),
         ({"warmup_share": 1.5}, "warmup_share must be between 0 and 1"),
         ({"save_every": -1}, "save_every must be at least 0"),

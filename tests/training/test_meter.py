@@ -51,6 +51,13 @@ def test_what_is_not_known_is_left_out():
     }  # fmt: skip
 
 
+def test_the_columns_stay_when_a_step_has_no_rows():
+    gauge = meter.Meter(model(), CPU, "none")
+    gauge.start()
+    full, empty = (gauge.read(*gauge.work(batches)) for batches in ([batch(0)], []))
+    assert set(full) == set(empty) and empty["tokens"] == empty["mfu"] == 0
+
+
 def test_history_has_the_speed_of_every_step():
     rows = run(split=2, max_steps=3).history
     for step, row in enumerate(rows):

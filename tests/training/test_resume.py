@@ -100,24 +100,29 @@ def test_resume_before_any_step_had_a_label(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [None, merging])
-@pytest.mark.parametrize("cut_at", [5, 7])
-def test_resumed_run_equals_the_straight_run(optimizer, cut_at):
+@pytest.mark.parametrize(("cut_at", "ema_decay"), [(5, 0.0), (7, 0.9)])
+def test_resumed_run_equals_the_straight_run(optimizer, cut_at, ema_decay):
+    settings = config(ema_decay=ema_decay)
     with tempfile.TemporaryDirectory() as folder:
         seed_all(0)
-        straight = run(None, model(0), optimizer)
+        straight = run(None, model(0), optimizer, settings=settings)
         seed_all(0)
         cut = False
         try:
-            run(folder, model(0), optimizer, cut_at)
+            run(folder, model(0), optimizer, cut_at, settings)
         except Cut:
             cut = True
         assert cut
         seed_all(99)
-        resumed = run(folder, model(7), optimizer)  # other weights, other generators
+        resumed = run(folder, model(7), optimizer, settings=settings)  # other weights, generators
     assert rows(resumed.history) == rows(straight.history)
     assert resumed.evaluations == straight.evaluations
     weights = zip(resumed.model.parameters(), straight.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
+    if ema_decay:
+        assert resumed.average.updates == straight.average.updates == STEPS
+        for name, average in straight.average.weights.items():
+            assert torch.equal(resumed.average.weights[name], average), name
 
 
 def test_only_the_newest_state_stays_and_can_be_cleared(tmp_path):
@@ -157,6 +162,11 @@ def test_other_settings_are_refused_by_name(tmp_path):
         run(tmp_path, model(), cut_at=4)
     with pytest.raises(ValueError, match="settings of learning_rate, schedule"):
         run(tmp_path, model(), settings=config(learning_rate=2e-2, schedule="linear"))
+    net = model(7)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match="settings of ema_decay"):
+        run(tmp_path, net, settings=config(ema_decay=0.9))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before)), "nothing was loaded"
 
 
 def test_without_save_every_nothing_is_written(tmp_path):
