@@ -11,8 +11,8 @@ from qwenlib.machine import fast_bfloat16
 from qwenlib.training.schedule import SCHEDULES
 
 # May differ when a run is taken up again: they change what is kept or how fast it goes. (workers
-# changes the rounding as the number of threads does.)
-_FREE = ("workers", "save_every", "on_bad_step")
+# and compile change the rounding, as the number of threads does.)
+_FREE = ("workers", "compile", "save_every", "on_bad_step")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class TrainConfig:
     save_every: int = 0  # 0: no resume state
     autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
     workers: int = 0  # micro-batches at once on a CPU (see `Gradients`); 0: as many as threads
+    compile: bool = False  # torch.compile, block by block
     ema_decay: float = 0.0  # of a moving average of the weights, say 0.999; 0: none
     on_bad_step: str = "stop"  # not finite, or a spike: stop | skip it (see `bad_steps`)
     spike_factor: float = 0.0  # loss or norm above so many medians is a spike; 0: nothing is

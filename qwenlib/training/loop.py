@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from qwenlib.training.averages import WeightAverage
 from qwenlib.training.bad_steps import name_batch, too_many, why_bad
+from qwenlib.training.compute import compiled, uncompiled
 from qwenlib.training.config import TrainConfig, compute_dtype
 from qwenlib.training.distributed import rank, sum_gradients, sum_over_ranks
 from qwenlib.training.gradients import Gradients
@@ -108,7 +109,11 @@ def train(
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         disable=not show_progress or rank() > 0,
     )  # fmt: skip
-    with Gradients(parameters, config.autocast, config.workers) as gradients:
+    workers = 1 if config.compile else config.workers  # threads would compile at the same time
+    with (
+        compiled(model, config.compile),
+        Gradients(parameters, config.autocast, workers) as gradients,
+    ):
         for step in bar:
             model.train()
             lr = learning_rate_at(
@@ -119,7 +124,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             meter.start()
-            micro_batches = batches(step)
+            with uncompiled(config.compile):  # a batch may be sampled from the model
+                micro_batches = batches(step)
             row, bad = _step(
                 model, micro_batches, loss_fn, optimizer, gradients, meter, config, history.rows
             )
@@ -138,7 +144,8 @@ def train(
                 log({key: value for key, value in row.items() if key != "step"}, step + 1)
             last = step + 1 == config.max_steps
             if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                scores = _evaluated(evaluate, model, average)
+                with uncompiled(config.compile):
+                    scores = _evaluated(evaluate, model, average)
                 history.add_evaluation({"step": step + 1, **scores})
                 if log:
                     log({f"eval/{key}": value for key, value in scores.items()}, step + 1)
