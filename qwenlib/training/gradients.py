@@ -14,8 +14,9 @@ class Gradients:
 
     Called with (model, micro-batches, loss_fn), where loss_fn gives (loss_sum, count, stats), it
     adds the gradient of the sum of loss_sum to each parameter's `grad` and returns the sum of the
-    losses, that of the counts, and of stats times counts. `losses` then holds the mean loss of
-    each micro-batch.
+    losses, that of the counts, and of stats times counts. Each micro-batch is asked for
+    once, when its turn comes. Then `losses` holds their mean losses and `shapes` their `row_shape`
+    (rows, tokens a row), (0, 0) without one.
 
     On a CPU with several micro-batches, `workers` threads (0: as many as PyTorch has) take one each
     and share out the cores; so many micro-batches and their gradients lie in memory together. A
@@ -36,6 +37,7 @@ class Gradients:
         side_by_side = self.device.type == "cpu" and alone
         self.workers = (workers or self.threads) if side_by_side else 1
         self.losses: list[float] = []
+        self.shapes: list[tuple[int, int]] = []
         self.pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> "Gradients":
@@ -54,9 +56,10 @@ class Gradients:
             results = self._side_by_side(model, micro_batches, loss_fn, workers)
         else:
             results = [self._in_place(model, batch, loss_fn) for batch in micro_batches]
-        total, count, sums, self.losses = 0.0, 0.0, {}, []
-        for loss_sum, counted, stats in results:  # a GPU is waited for here and not before
+        total, count, sums, self.losses, self.shapes = 0.0, 0.0, {}, [], []
+        for loss_sum, counted, stats, shape in results:  # a GPU is waited for here, not before
             loss, n = float(loss_sum), float(counted)
+            self.shapes.append(shape)
             self.losses.append(loss / max(n, 1))
             total, count = total + loss, count + n
             for key, value in stats.items():
@@ -69,7 +72,8 @@ class Gradients:
         with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
             loss_sum, n, stats = loss_fn(model, batch)
         stats = {k: v.detach() if isinstance(v, Tensor) else v for k, v in stats.items()}
-        return loss_sum, (loss_sum.detach(), n, stats)
+        shape = getattr(batch, "row_shape", (0, 0))
+        return loss_sum, (loss_sum.detach(), n, stats, shape)
 
     def _in_place(self, model, batch, loss_fn) -> tuple:
         loss_sum, numbers = self._loss(model, batch, loss_fn)

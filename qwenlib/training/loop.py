@@ -177,7 +177,7 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, hi
     parameters = gradients.parameters
     total, count, sums = gradients(model, micro_batches, loss_fn)
     numbers = sum_over_ranks(
-        [total, count, *meter.work(micro_batches), *sums.values()], gradients.device
+        [total, count, *meter.work(gradients.shapes), *sums.values()], gradients.device
     )
     total, count, tokens, flops = numbers[:4]
     sum_gradients(parameters)

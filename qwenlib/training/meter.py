@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +39,10 @@ class Meter:
         """A step begins."""
         self.began = time.perf_counter()
 
-    def work(self, micro_batches: Sequence[Any]) -> list[float]:
-        """[tokens, FLOPs] that the micro-batches ask of the model, forward and backward."""
+    def work(self, shapes: Sequence[tuple[int, int]]) -> list[float]:
+        """[tokens, FLOPs] that micro-batches of these shapes ask of the model, both passes."""
         tokens = flops = 0.0
-        for batch in micro_batches:
-            rows, length = getattr(batch, "row_shape", (0, 0))
+        for rows, length in shapes:
             tokens += rows * length
             if rows and self.config:
                 flops += rows * length * flops_per_token(self.config, length, training=True)

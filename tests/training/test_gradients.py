@@ -54,6 +54,39 @@ def test_workers_change_no_bit(workers, autocast):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_micro_batch_is_made_once_and_when_its_turn_comes(workers):
+    class Made(list):
+        """Micro-batches that are made when they are asked for."""
+
+        asked: list[int] = []
+
+        def __getitem__(self, index):
+            self.asked.extend(range(*index.indices(5)) if isinstance(index, slice) else [index])
+            return super().__getitem__(index)
+
+        def __iter__(self):
+            return (self[i] for i in range(5))
+
+    lazy, eager = Made(pieces(0, 5)), pieces(0, 5)
+    lazy.asked = []
+    seen = []
+
+    def loss_fn(network, micro_batch):
+        seen.append(len(lazy.asked))
+        return next_token_loss(network, micro_batch)
+
+    net = model()
+    with Gradients(list(net.parameters()), workers=workers) as gradients:
+        gradients(net, lazy, loss_fn)
+        assert gradients.shapes == [part.row_shape for part in eager]
+        assert gradients.losses == pytest.approx(
+            [float(next_token_loss(net, part)[0].detach()) / part.num_targets for part in eager]
+        )
+    assert lazy.asked == list(range(5))
+    assert seen == ([1, 2, 3, 4, 5] if workers == 1 else [2, 2, 4, 4, 5])
+
+
 def test_whole_runs_are_equal_and_threads_come_back():
     results = []
     for workers in (1, 2):

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,9 +22,8 @@ CPU = torch.device("cpu")
 
 def test_speed_by_hand():
     net = Qwen(QwenConfig(**dataclasses.asdict(model().config))).initialise(0)
-    parts = [SimpleNamespace(row_shape=(3, 16)), SimpleNamespace(row_shape=(2, 10)), object()]
     gauge = meter.Meter(net, CPU, "none")
-    tokens, flops = gauge.work(parts)
+    tokens, flops = gauge.work([(3, 16), (2, 10), (0, 0)])
     assert tokens == 3 * 16 + 2 * 10
     weights = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 61 * 32  # two layers and the head
     scores = [2 * 2 * 2 * 32 * (length + 1) / 2 for length in (16, 10)]  # layers, q k and p v, D
@@ -45,8 +43,8 @@ def test_speed_by_hand():
 def test_what_is_not_known_is_left_out():
     gauge = meter.Meter(torch.nn.Linear(2, 2), CPU, "none")
     gauge.start()
-    assert set(gauge.read(*gauge.work([3, 4]))) == {"peak_memory_mb"}
-    assert set(gauge.read(*gauge.work([batch(0)]))) == {
+    assert set(gauge.read(*gauge.work([(0, 0), (0, 0)]))) == {"peak_memory_mb"}
+    assert set(gauge.read(*gauge.work([(2, 3)]))) == {
         "tokens", "tokens_per_second", "peak_memory_mb",
     }  # fmt: skip
 
@@ -54,7 +52,7 @@ def test_what_is_not_known_is_left_out():
 def test_the_columns_stay_when_a_step_has_no_rows():
     gauge = meter.Meter(model(), CPU, "none")
     gauge.start()
-    full, empty = (gauge.read(*gauge.work(batches)) for batches in ([batch(0)], []))
+    full, empty = (gauge.read(*gauge.work(shapes)) for shapes in ([(2, 3)], []))
     assert set(full) == set(empty) and empty["tokens"] == empty["mfu"] == 0
 
 
