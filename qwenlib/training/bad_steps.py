@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from qwenlib.training.distributed import rank, world_size
+
 RECENT, ENOUGH = 100, 20  # rows that a median is taken of, and how many it needs
 MOST_IN_A_ROW = 10  # so many bad steps may be skipped one after the other
 
@@ -44,26 +46,30 @@ def too_many(history: Sequence[dict]) -> bool:
 
 
 def name_batch(
-    step: int, reason: str, micro_batches: Sequence[Any], losses: Sequence[float],
+    step: int, reason: str, loss: float, micro_batches: Sequence[Any], losses: Sequence[float],
     out_dir: str | Path | None,
 ) -> str:  # fmt: skip
     """Which micro-batches of a bad step (counted from 1) are to blame, as words.
 
-    losses: mean loss of each. Those that are not finite are to blame; if there is none, all of
-    them. A micro-batch with a method `describe` says which rows it holds. With an out_dir its ids
-    and labels are written to out_dir/bad_steps/step_N.json.
+    losses: mean loss of each, loss: of the step. When that is not finite, those that are not finite
+    are to blame (in a group of processes perhaps none of ours); else, all of them. A micro-batch
+    with a method `describe` says which rows it holds. With an out_dir its ids and labels are
+    written to out_dir/bad_steps/step_N.json.
     """
-    blamed = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-    blamed = blamed or list(range(len(micro_batches)))
+    blamed = [i for i, one in enumerate(losses) if math.isfinite(loss) or not math.isfinite(one)]
+    ours = f" of rank {rank()}" if world_size() > 1 else ""
+    if not blamed:
+        return f"no micro-batch{ours} is to blame"
     words = []
     for i in blamed:
         says = getattr(micro_batches[i], "describe", None)
         rows = f" ({says()})" if says else ""
-        words.append(f"micro-batch {i + 1} of {len(micro_batches)}{rows}: loss {losses[i]:.4g}")
+        number = f"micro-batch {i + 1} of {len(micro_batches)}{ours}"
+        words.append(f"{number}{rows}: loss {losses[i]:.4g}")
     where = ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
     if out_dir is None:
         return where
-    file = Path(out_dir) / "bad_steps" / f"step_{step:08d}.json"
+    file = Path(out_dir) / "bad_steps" / f"step_{step:08d}{ours.replace(' ', '_')}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     parts = [
         {"micro_batch": i + 1, "loss": losses[i], "batch": _plain(micro_batches[i])} for i in blamed

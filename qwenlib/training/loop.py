@@ -50,7 +50,7 @@ class TrainResult:
     @property
     def tokens(self) -> int:
         """Labels trained on so far."""
-        return int(sum(row["count"] for row in self.history))
+        return int(sum(row["count"] for row in self.history if not row.get("skipped")))
 
 
 def train(
@@ -130,7 +130,9 @@ def train(
                 model, micro_batches, loss_fn, optimizer, gradients, meter, config, history.rows
             )
             if bad:
-                where = name_batch(step + 1, bad, micro_batches, gradients.losses, out_dir)
+                where = name_batch(
+                    step + 1, bad, row["loss"], micro_batches, gradients.losses, out_dir
+                )
                 text = f"step {step + 1}: {bad}; {where}"
                 if config.on_bad_step == "stop" or too_many(result.history):
                     raise FloatingPointError(f"{text}; lower learning_rate or look at the batch")
@@ -182,9 +184,7 @@ def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, hi
     total, count, tokens, flops = numbers[:4]
     sum_gradients(parameters)
     if count > 0:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(count)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], count)
     norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or float("inf"))
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     loss = total / max(count, 1)

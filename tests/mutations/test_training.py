@@ -26,8 +26,8 @@ FLAT = "tests/post_training/test_rollouts.py::test_flat_groups_left_out_change_n
 PAIRS = "tests/post_training/test_preferences.py::"
 
 CASES = [
-    Mutation("denominator of one micro-batch", LOOP, "parameter.grad.div_(count)",
-             "parameter.grad.div_(count / len(micro_batches))", MICRO),
+    Mutation("denominator of one micro-batch", LOOP, "is not None], count)",
+             "is not None], count / len(micro_batches))", MICRO),
     Mutation("mean of micro-batch means", GRADIENTS, "loss_sum.backward()",
              "(loss_sum / numbers[1]).backward()", MICRO),
     Mutation("loss of the last micro-batch", GRADIENTS, "total, count = total + loss, count + n",

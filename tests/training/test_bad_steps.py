@@ -64,6 +64,7 @@ def test_a_skipped_step_equals_a_step_without_labels():
     skipped, empty = runs
     assert [row["skipped"] for row in skipped.history] == [0, 0, 1, 1, 0, 0]
     assert [row["skipped"] for row in empty.history] == [0] * 6
+    assert skipped.tokens == empty.tokens > 0
     for a, b in zip(skipped.model.parameters(), empty.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [row["loss"] for row in skipped.history[4:]] == [r["loss"] for r in empty.history[4:]]
@@ -102,9 +103,23 @@ class Named:
 
 
 def test_the_micro_batch_to_blame_says_its_rows(tmp_path):
-    got = name_batch(7, "loss nan", [Named("a"), Named("b"), 3], [1.0, math.nan, 2.0], None)
+    parts, nan = [Named("a"), Named("b"), 3], math.nan
+    got = name_batch(7, "loss nan", nan, parts, [1.0, nan, 2.0], None)
     assert got == "micro-batch 2 of 3 (rows of b): loss nan"
-    all_of_them = name_batch(7, "norm inf", [Named("a"), 3], [1.0, 2.0], tmp_path)
-    assert "micro-batch 1 of 2 (rows of a): loss 1, micro-batch 2 of 2: loss 2;" in all_of_them
+    all_of_them = name_batch(7, "norm inf", 1.5, parts[1:], [1.0, 2.0], tmp_path)
+    assert "micro-batch 1 of 2 (rows of b): loss 1, micro-batch 2 of 2: loss 2;" in all_of_them
     assert str(tmp_path / "bad_steps" / "step_00000007.json") in all_of_them
-    assert "and 6 more" in name_batch(7, "norm inf", [0] * 10, [1.0] * 10, None)
+    assert "and 6 more" in name_batch(7, "norm inf", 1.0, [0] * 10, [1.0] * 10, None)
+
+
+def test_a_rank_blames_its_own_micro_batches(tmp_path, monkeypatch):
+    from qwenlib.training import bad_steps
+
+    monkeypatch.setattr(bad_steps, "world_size", lambda: 4)
+    monkeypatch.setattr(bad_steps, "rank", lambda: 2)
+    fine = name_batch(7, "loss nan", math.nan, [1, 2], [1.0, 2.0], tmp_path)
+    assert fine == "no micro-batch of rank 2 is to blame" and not list(tmp_path.iterdir())
+    bad = name_batch(7, "loss nan", math.nan, [1, 2], [1.0, math.nan], tmp_path)
+    assert bad.startswith("micro-batch 2 of 2 of rank 2: loss nan; see ")
+    (file,) = (tmp_path / "bad_steps").iterdir()
+    assert file.name == "step_00000007_of_rank_2.json"
