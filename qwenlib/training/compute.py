@@ -1,4 +1,4 @@
-"""How a model computes while it is trained: its blocks compiled or not."""
+"""How a model computes while it is trained: its blocks compiled, and run again for memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +27,28 @@ def compiled(model: nn.Module, on: bool) -> Iterator[None]:
             part._compiled_call_impl = (
                 None  # what Module.compile sets; nothing public takes it back
             )
+
+
+@contextmanager
+def checkpointed(model: nn.Module, kind: str) -> Iterator[None]:
+    """Inside, blocks keep less for the backward pass and run again in it; "none": as the model is.
+
+    "full" keeps each block's input alone. Raises ValueError for a model without
+    `gradient_checkpointing`.
+    """
+    if kind == "none":
+        yield
+        return
+    if not hasattr(model, "gradient_checkpointing"):
+        raise ValueError(
+            f"activation_checkpointing is {kind!r}, but {type(model).__name__} has no attribute "
+            "gradient_checkpointing to set; use 'none'"
+        )
+    before, model.gradient_checkpointing = model.gradient_checkpointing, True
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing = before
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:

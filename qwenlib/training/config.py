@@ -12,7 +12,7 @@ from qwenlib.training.schedule import SCHEDULES
 
 # May differ when a run is taken up again: they change what is kept or how fast it goes. (workers
 # and compile change the rounding, as the number of threads does.)
-_FREE = ("workers", "compile", "save_every", "on_bad_step")
+_FREE = ("workers", "compile", "activation_checkpointing", "save_every", "on_bad_step")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class TrainConfig:
     save_every: int = 0  # 0: no resume state
     autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
     workers: int = 0  # micro-batches at once on a CPU (see `Gradients`); 0: as many as threads
+    activation_checkpointing: str = "none"  # none | full: blocks run again in the backward pass
     compile: bool = False  # torch.compile, block by block
     ema_decay: float = 0.0  # of a moving average of the weights, say 0.999; 0: none
     on_bad_step: str = "stop"  # not finite, or a spike: stop | skip it (see `bad_steps`)
@@ -54,6 +55,7 @@ class TrainConfig:
         self._require("spike_factor", spike, "0 (off) or above 1, say 3")
         self._choose("schedule", SCHEDULES)
         self._choose("autocast", ("none", "bfloat16", "auto"))
+        self._choose("activation_checkpointing", ("none", "full"))
         self._choose("on_bad_step", ("stop", "skip"))
 
     def _require(self, name: str, holds: bool, what: str) -> None:

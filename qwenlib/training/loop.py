@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from qwenlib.training.averages import WeightAverage
 from qwenlib.training.bad_steps import name_batch, too_many, why_bad
-from qwenlib.training.compute import compiled, uncompiled
+from qwenlib.training.compute import checkpointed, compiled, uncompiled
 from qwenlib.training.config import TrainConfig, compute_dtype
 from qwenlib.training.distributed import rank, sum_gradients, sum_over_ranks
 from qwenlib.training.gradients import Gradients
@@ -112,6 +112,7 @@ def train(
     workers = 1 if config.compile else config.workers  # threads would compile at the same time
     with (
         compiled(model, config.compile),
+        checkpointed(model, config.activation_checkpointing),
         Gradients(parameters, config.autocast, workers) as gradients,
     ):
         for step in bar:

@@ -5,7 +5,7 @@ import torch
 
 from qwenlib.model import MoEConfig, Qwen
 from qwenlib.training import next_token_loss, train
-from qwenlib.training.compute import compiled
+from qwenlib.training.compute import checkpointed, compiled
 from tests.training.test_loop import batch, model, settings
 
 MIXTURE = MoEConfig(6, 2, 20, 28)
@@ -27,6 +27,35 @@ def test_every_block_is_compiled_and_let_go(moe, monkeypatch):
     other = torch.nn.Linear(2, 2)
     with compiled(other, True):
         assert asked == [other]
+
+
+def test_checkpointed_blocks_change_no_bit_and_are_let_go():
+    """The model's own setting comes back; while training its blocks run once more each."""
+    runs = {}
+    for kind in ("none", "full"):
+        seen = []
+
+        def count(module, inputs, seen=seen):
+            seen.append(module.training)
+
+        net = model()
+        for block in net.model.layers:
+            block.mlp.register_forward_pre_hook(count)
+        runs[kind] = train(
+            net, lambda step: [batch(step)], next_token_loss,
+            settings(max_steps=3, activation_checkpointing=kind), show_progress=False,
+        )  # fmt: skip
+        assert len(seen) == 3 * 2 * (2 if kind == "full" else 1)
+        assert net.gradient_checkpointing is False
+    for a, b in zip(*(r.model.parameters() for r in runs.values()), strict=True):
+        assert torch.equal(a, b)
+    net = model()
+    net.gradient_checkpointing = True
+    with checkpointed(net, "none"):
+        assert net.gradient_checkpointing, "the caller's own choice stands"
+    with pytest.raises(ValueError, match="Linear has no attribute gradient_checkpointing"):
+        with checkpointed(torch.nn.Linear(2, 2), "full"):
+            pass
 
 
 @pytest.mark.slow
