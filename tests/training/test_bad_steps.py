@@ -84,6 +84,29 @@ def test_a_spike_is_skipped_and_its_batch_named(tmp_path):
     assert kept["micro_batches"][0]["batch"][1]["input_ids_BT"] == rows.input_ids_BT.tolist()
 
 
+def test_a_stopped_run_goes_on_from_its_last_state_and_skips(tmp_path):
+    """Spikes are measured against the history on disk: as if the run had never stopped."""
+
+    def go(on_bad_step, folder=None, save_every=0):
+        changes = settings(
+            max_steps=28, learning_rate=1e-3, spike_factor=3.0, on_bad_step=on_bad_step,
+            save_every=save_every,
+        )  # fmt: skip
+        source = spoilt({22, 24}, lambda loss, n: (10 * loss, n))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return train(model(), *source, changes, out_dir=folder, show_progress=False)
+
+    straight = go("skip")
+    with pytest.raises(FloatingPointError, match="step 23: loss .* above 3 times"):
+        go("stop", tmp_path, 10)
+    assert (tmp_path / "state" / "step_00000020").is_dir(), "the last state stays"
+    resumed = go("skip", tmp_path, 7)
+    assert [row["step"] for row in resumed.history if row["skipped"]] == [23, 25]
+    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run():
     first, all_bad = 3, settings(max_steps=40, on_bad_step="skip")
     source = spoilt(set(range(first, 40)), lambda loss, n: (loss * math.inf, n))
