@@ -30,6 +30,7 @@ from qwenlib.training.gradients import Gradients
 from qwenlib.training.history import History
 from qwenlib.training.meter import Meter, bits_a_byte, progress
 from qwenlib.training.optim import adamw
+from qwenlib.training.preemption import Preemption
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import learning_rate_at
 
@@ -81,6 +82,7 @@ def train(
         optimizer: in place of AdamW; its groups' learning rate follows the schedule.
     Raises FloatingPointError for a bad step, naming it and its micro-batches; the weights are those
     before it, and the last state stays. A bad step that is skipped leaves the optimiser alone.
+    Raises Preempted after the step in which SIGTERM or SIGUSR1 came, with the state of it saved.
     """
     optimizer = optimizer or adamw(
         model, config.learning_rate, config.betas, config.eps, config.weight_decay
@@ -114,6 +116,7 @@ def train(
         compiled(model, config.compile),
         checkpointed(model, config.activation_checkpointing),
         Gradients(parameters, config.autocast, workers) as gradients,
+        Preemption(parameters[0].device) as preemption,
     ):
         for step in bar:
             model.train()
@@ -152,7 +155,9 @@ def train(
                 history.add_evaluation({"step": step + 1, **scores})
                 if log:
                     log({f"eval/{key}": value for key, value in scores.items()}, step + 1)
-            if state_dir and not last and (step + 1) % config.save_every == 0:
+            leaving = preemption.requested()
+            due = not last and state_dir and (step + 1) % config.save_every == 0
+            if due or (leaving and state_dir):
                 extra = {
                     "seconds": time.perf_counter() - started,
                     "config": dataclasses.asdict(config),
@@ -160,6 +165,8 @@ def train(
                 }
                 history.sync()
                 save_state(state_dir, step + 1, model, optimizer, extra, weights)
+            if leaving:
+                preemption.leave(step + 1, bool(state_dir))
     result.seconds = time.perf_counter() - started
     model.eval()
     return result

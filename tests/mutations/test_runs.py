@@ -5,6 +5,7 @@ import pytest
 from tests.mutations.harness import Mutation, assert_caught
 
 RECORDER, ROWS = "qwenlib.recorder", "tests/test_recorder.py::"
+LEFT = "tests/training/test_preemption.py::"
 RESUMED = ROWS + "test_a_resumed_run_repeats_no_step"
 
 CASES = [
@@ -18,6 +19,13 @@ CASES = [
              "{self.directory}", ROWS + "test_the_run_id_follows_folder_and_identity"),
     Mutation("every rank writes", RECORDER, '(os.environ.get("RANK", 0)) == 0', "(0) == 0",
              ROWS + "test_only_rank_0_writes"),
+    Mutation("leaves without saving", "qwenlib.training.loop", "due or (leaving and state_dir)",
+             "due", LEFT + "test_a_run_that_left_goes_on_bit_for_bit"),
+    Mutation("leaves without the other ranks", "qwenlib.training.preemption",
+             "self.number = int(number)", "pass", LEFT + "test_a_signal_to_another_rank_counts"),
+    Mutation("a signal asked for once only", "qwenlib.training.preemption",
+             "return self.number != 0", "number, self.number = self.number, 0\n"
+             "        return number != 0", LEFT + "test_a_signal_between_two_steps_is_not_lost"),
 ]  # fmt: skip
 
 
