@@ -12,7 +12,8 @@ from qwenlib.training.schedule import SCHEDULES
 
 # May differ when a run is taken up again: they change what is kept or how fast it goes. (workers
 # and compile change the rounding, as the number of threads does.)
-_FREE = ("workers", "compile", "activation_checkpointing", "save_every", "on_bad_step")
+_FREE = ("workers", "compile", "activation_checkpointing", "save_every", "keep_every",
+         "on_bad_step")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     eval_every: int = 0  # 0: only at the end
     save_every: int = 0  # 0: no resume state
+    keep_every: int = 0  # every n-th saved state stays for good; 0: only the newest
     autocast: str = "none"  # none | bfloat16 over fp32 weights | auto: bf16 where it is fast
     workers: int = 0  # micro-batches at once on a CPU (see `Gradients`); 0: as many as threads
     activation_checkpointing: str = "none"  # none | full: blocks run again in the backward pass
@@ -43,7 +45,14 @@ class TrainConfig:
     spike_factor: float = 0.0  # loss or norm above so many medians is a spike; 0: nothing is
 
     def __post_init__(self) -> None:
-        for name in ("eval_every", "save_every", "workers", "weight_decay", "grad_clip"):
+        for name in (
+            "eval_every",
+            "save_every",
+            "keep_every",
+            "workers",
+            "weight_decay",
+            "grad_clip",
+        ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("min_lr_ratio", "warmup_share"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")

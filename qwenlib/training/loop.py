@@ -164,7 +164,8 @@ def train(
                     "average_updates": average.updates if average else 0,
                 }
                 history.sync()
-                save_state(state_dir, step + 1, model, optimizer, extra, weights)
+                kept = config.keep_every * config.save_every
+                save_state(state_dir, step + 1, model, optimizer, extra, weights, kept)
             if leaving:
                 preemption.leave(step + 1, bool(state_dir))
     result.seconds = time.perf_counter() - started

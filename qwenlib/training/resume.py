@@ -32,11 +32,12 @@ def _set_random_state(state: dict) -> None:
 
 def save_state(
     directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict,
-    average: dict[str, torch.Tensor] | None = None,
+    average: dict[str, torch.Tensor] | None = None, keep_multiples_of: int = 0,
 ) -> None:  # fmt: skip
     """Write `directory/step_N` beside its predecessors, then drop the older ones.
 
-    average: averaged weights by name, where a run has them.
+    average: averaged weights by name, where a run has them. States whose step is a multiple of
+    keep_multiples_of stay for good.
     """
     final = directory / f"step_{step:08d}"
     partial = directory / f".partial_{step:08d}"
@@ -60,7 +61,8 @@ def save_state(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for old in sorted(directory.glob("step_*"))[:-1]:
-        shutil.rmtree(old)
+        if not keep_multiples_of or int(old.name.removeprefix("step_")) % keep_multiples_of:
+            shutil.rmtree(old)
 
 
 def load_state(

@@ -137,6 +137,14 @@ def test_only_the_newest_state_stays_and_can_be_cleared(tmp_path):
     clear_state(tmp_path)  # nothing there: nothing to do
 
 
+def test_every_nth_state_stays_for_good(tmp_path):
+    run(tmp_path, model(), settings=config(save_every=1, keep_every=3))
+    names = sorted(path.name for path in (tmp_path / "state").glob("step_*"))
+    assert names == ["step_00000003", "step_00000006", "step_00000007"]
+    again = run(tmp_path, model(7), settings=config(save_every=2, keep_every=0))
+    assert [row["step"] for row in again.history][-1] == STEPS, "from the newest of them"
+
+
 def test_a_lost_history_is_not_begun_with_todays_weights(tmp_path):
     """The weights of step 6 are not evaluated as those of step 0; the gap is told of."""
     run(tmp_path, model())
