@@ -431,7 +431,7 @@ def _print_costs(costs: dict[str, Any]) -> None:
 
 @app.command("bench")
 def bench_(
-    what: Annotated[str, typer.Argument(help="generate, forward or tokenizer")],
+    what: Annotated[str, typer.Argument(help="generate, forward, train or tokenizer")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     name: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
     rounds: Annotated[int, typer.Option(help="Timed rounds of a case, both sides each.")] = 9,
@@ -450,6 +450,8 @@ def bench_(
             if dtype != "float32" or device == "cuda":
                 raise ValueError("bench tokenizer runs on the CPU: leave out --dtype and --device")
             device = "cpu"
+        if what == "train" and dtype != "float32":
+            raise ValueError("bench train keeps fp32 weights; its cases name their products' dtype")
         report = bench.run(
             bench.select(what, name), rounds=rounds, threads=threads, dtype=dtype, device=device,
             tell=tell,
@@ -470,11 +472,16 @@ def _print_bench(report: Any) -> None:
 
     title = f"{report.device}, {report.dtype}, {report.threads} threads; ratio > 1: ours is faster"
     table = Table("case", "what", "ours", "peer", "unit", "ratio", "95 %", "against", title=title)
+    memory = any("ours_mb" in row for row in report.rows)
+    if memory:
+        table.add_column("peak MB: ours")
+        table.add_column("peer")
     for row in report.rows:
+        peaks = [f"{row[key]:,.0f}" for key in ("ours_mb", "peer_mb")] if memory else []
         table.add_row(
             row["name"], row["about"], rate(row["ours"]), rate(row["peer"]), row["unit"],
             f"{row['ratio']:.2f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
-            row["peer_name"],
+            row["peer_name"], *peaks,
         )  # fmt: skip
     _console().print(table)
 

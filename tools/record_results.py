@@ -55,19 +55,25 @@ def record_seeds(run_dirs: list[Path]) -> None:
 
 
 def record_bench(files: list[Path]) -> None:
-    """The reports of `qwenlib bench ... --json` of one machine, as one; runs both without files."""
+    """The reports of `qwenlib bench ... --json` of one machine, as one; runs all without files.
+
+    Training has a record of its own, beside that of the other kinds.
+    """
     if files:
         reports = [json.loads(path.read_text()) for path in files]
     else:
         reports = []
-        for kind in ("forward", "generate", "tokenizer"):
+        for kind in ("forward", "generate", "tokenizer", "train"):
             command = [sys.executable, "-m", "qwenlib", "bench", kind, "--json"]
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"qwenlib bench {kind} ended with {done.returncode}")
             reports.append(json.loads(done.stdout.splitlines()[-1]))
-    record = join_bench(reports)
-    write("bench_cpu.json" if record["device"] == "cpu" else "bench_gpu.json", record)
+    loops = [report for report in reports if report.get("kind") == "train"]
+    others = [report for report in reports if report not in loops]
+    joined = [(name, join_bench(few)) for name, few in (("bench", others), ("train", loops)) if few]
+    for name, record in joined:
+        write(f"{name}_{'cpu' if record['device'] == 'cpu' else 'gpu'}.json", record)
 
 
 def join_bench(reports: list[dict]) -> dict:
@@ -194,6 +200,29 @@ def bench_table(record: dict) -> list[str]:
     return lines
 
 
+def train_table(record: dict) -> list[str]:
+    """RESULTS: tokens a second and peak memory of both loops, one row a case."""
+    from qwenlib.bench.runner import rate
+
+    names = ("torch", "transformers", "accelerate")
+    versions = ", ".join(f"{n} {record['versions'][n]}" for n in names)
+    lines = [
+        f"{record['platform']}, {record['device']}, {record['threads']} threads; {versions}.",
+        "",
+        "| case | what | ours, tokens/s | Trainer | ours / Trainer | 95 % interval "
+        "| ours, peak MB | Trainer | its setting |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        setting = row["peer_name"].partition(", ")[2]
+        lines.append(
+            f"| {row['name']} | {row['about']} | {rate(row['ours'])} | {rate(row['peer'])} | "
+            f"{row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f} | "
+            f"{row['ours_mb']:,.0f} | {row['peer_mb']:,.0f} | {setting} |"
+        )
+    return lines
+
+
 def device_line(walk: dict) -> list[str]:
     """RESULTS: where and with what the walk ran."""
     facts = walk["11_grpo"]["environment"]
@@ -237,9 +266,11 @@ def tables() -> dict[str, list[str]]:
         }
     if seeds:
         out["seeds"] = seed_table(seeds)
-    for marker, name in (("bench", "bench_cpu.json"), ("bench-gpu", "bench_gpu.json")):
-        if record := load(name):
-            out[marker] = bench_table(record)
+    for place, suffix in (("cpu", ""), ("gpu", "-gpu")):
+        if record := load(f"bench_{place}.json"):
+            out[f"bench{suffix}"] = bench_table(record)
+        if record := load(f"train_{place}.json"):
+            out[f"train{suffix}"] = train_table(record)
     return out
 
 

@@ -28,7 +28,8 @@ class Task:
     peers: label -> call; the runner keeps the fastest. amount: produced or read by one call, and
     unit, its rate's. difference: (ours, theirs) -> "" or what differs. step_bytes, steps: bytes of
     weights that one decoding step reads, and steps of a call, where the share of memory bandwidth
-    means something. library: whose the peers are.
+    means something. library: whose the peers are. prepare: called before each call, outside of its
+    time. peak_mb: the peak memory of a side in MB, by the peer's label, None for ours.
     """
 
     ours: Callable[[], Any]
@@ -39,6 +40,8 @@ class Task:
     steps: int = 0
     unit: str = "tokens/s"
     library: str = "transformers"
+    prepare: Callable[[], object] = lambda: None
+    peak_mb: Callable[[str | None], float] | None = None
 
 
 @dataclass(frozen=True)

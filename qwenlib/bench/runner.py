@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 
 from qwenlib import machine
-from qwenlib.bench.cases import Case, DifferentOutput, SkipCase, refuse
+from qwenlib.bench.cases import Case, DifferentOutput, SkipCase, Task, refuse
 from qwenlib.bench.suite import CASES
 from qwenlib.bench.timing import compare, seconds_of
 from qwenlib.notebook import seed_everything, versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = ("generate", "forward", "tokenizer")
+KINDS = ("generate", "forward", "train", "tokenizer")
 
 
 class BenchError(ValueError):
@@ -28,12 +29,14 @@ class BenchError(ValueError):
 class Report:
     """Rows of measurements and what they were taken with.
 
-    Each row: name, about, unit ("tokens/s" or "MB/s"), ours and peer (median rates), peer_name,
-    ratio (the median of the rounds' own ratios; above 1 ours is faster), ratio_low and ratio_high
-    (its 95 % interval), rounds, and for single-stream decoding bandwidth_fraction.
+    kind: one of KINDS, or "" for cases of several. Each row: name, about, unit ("tokens/s" or
+    "MB/s"), ours and peer (median rates), peer_name, ratio (the median of the rounds' own ratios;
+    above 1 ours is faster), ratio_low and ratio_high (its 95 % interval), rounds; for single-stream
+    decoding bandwidth_fraction, for training ours_mb and peer_mb (peak memory).
     skipped, refused: case -> why; a refused case computes something else than its peer.
     """
 
+    kind: str
     rows: list[dict[str, Any]]
     device: str
     dtype: str
@@ -80,6 +83,7 @@ def run(
         torch.set_num_threads(threads)
     try:
         report = Report(
+            kind=cases[0].kind if len({case.kind for case in cases}) == 1 else "",
             rows=[],
             device=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
             dtype=dtype,
@@ -89,7 +93,7 @@ def run(
             versions={
                 "python": platform.python_version(),
                 **versions(),
-                "gigatoken": importlib.metadata.version("gigatoken"),
+                **_versions("gigatoken", "accelerate"),
             },
         )
         for case in cases:
@@ -117,20 +121,25 @@ def measure(
     """One row. Raises DifferentOutput, before anything is timed, when the two sides disagree."""
     with _true_fp32():
         task = case.make(device, dtype, **case.sizes)
+        task.prepare()
         expected = task.ours()
-        for label, peer in task.peers.items():
-            refuse(_prefixed(f"{task.library} with {label}", task.difference(expected, peer())))
-        del expected
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        label = next(iter(task.peers))
-        if len(task.peers) > 1:
-            trials = {
-                key: min(seconds_of(peer, wait) for _ in range(2))
-                for key, peer in task.peers.items()
-            }
-            label = min(trials, key=trials.__getitem__)
+        seconds: dict[str, float] = {}
+        for label, peer in task.peers.items():
+            task.prepare()
+            began = time.perf_counter()
+            got = peer()
+            wait()
+            seconds[label] = time.perf_counter() - began
+            refuse(_prefixed(f"{task.library} with {label}", task.difference(expected, got)))
+            del got
+        del expected
+        label = _fastest(task, seconds, wait)
         rounds = min(rounds, case.most_rounds or rounds)
-        times = compare(task.ours, task.peers[label], rounds, wait=wait)
+        warmup = 0 if case.most_rounds else 1  # both sides have been called already
+        times = compare(
+            task.ours, task.peers[label], rounds, warmup=warmup, wait=wait, prepare=task.prepare
+        )
     row = {
         "name": case.name,
         "about": case.about,
@@ -146,12 +155,33 @@ def measure(
     if task.step_bytes:
         moved = task.step_bytes * task.steps / times.ours / 1e9
         row["bandwidth_fraction"] = moved / bandwidth_gb_s
+    if task.peak_mb:
+        row["ours_mb"], row["peer_mb"] = task.peak_mb(None), task.peak_mb(label)
     return row
+
+
+def _fastest(task: Task, first: dict[str, float], wait: Callable[[], object]) -> str:
+    """The peer with the best of two times, of which the first is given."""
+    if len(task.peers) == 1:
+        return next(iter(task.peers))
+    best = {}
+    for label, peer in task.peers.items():
+        task.prepare()
+        best[label] = min(first[label], seconds_of(peer, wait))
+    return min(best, key=best.__getitem__)
 
 
 def rate(value: float) -> str:
     """Three digits at least."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _prefixed(label: str, difference: str) -> str:

@@ -8,6 +8,7 @@ from qwenlib.bench.cases import Case, SkipCase, decode, forward, prefill, train
 from qwenlib.bench.models import draw
 from qwenlib.bench.text import encode
 from qwenlib.bench.text import train as train_tokenizer
+from qwenlib.bench.train import training
 from qwenlib.model import Qwen, QwenConfig
 from qwenlib.model.presets import PRESETS
 
@@ -20,6 +21,7 @@ SMALL = QwenConfig(
 MEDIUM = SMALL.replace(
     hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8
 )
+REAL = SMALL.replace(vocab_size=151_936)  # 20.6 million
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # the released generation_config.json
 
 
@@ -57,6 +59,8 @@ def mixture(device: torch.device, dtype: torch.dtype) -> Qwen:
 _small, _medium = partial(draw, SMALL, 0), partial(draw, MEDIUM, 0)
 _BATCH = {"rows": 32, "prompt_tokens": (8, 24), "new_tokens": 64}
 _TEXT = {"code": 2, "prose": 2, "languages": 1}  # MB of each source
+_STEPS = {"rows": 16, "tokens": 128, "micro_rows": 8}  # of chapter 06
+_FEWER = {"rows": 8, "tokens": 128, "micro_rows": 4}
 _SINGLE = {"rows": 1, "prompt_tokens": (32, 32), "bandwidth": True}
 
 CASES = (
@@ -93,6 +97,14 @@ CASES = (
          {"model": mixture, "rows": 8, "tokens": 256}),
     Case("train-moe", "forward", "forward and backward, 8 x 256 tokens, 16 experts", train,
          {"model": mixture, "rows": 8, "tokens": 256}),
+    Case("loop-2k", "train", "16 x 128 tokens a step, 2,048 words, fp32", training,
+         {"config": SMALL, "steps": 8, **_STEPS}),
+    Case("loop-2k-bf16", "train", "16 x 128 tokens a step, 2,048 words, bf16", training,
+         {"config": SMALL, "steps": 8, "autocast": "bfloat16", **_STEPS}),
+    Case("loop-152k", "train", "8 x 128 tokens a step, 151,936 words, fp32", training,
+         {"config": REAL, "steps": 2, **_FEWER}, most_rounds=5),
+    Case("loop-152k-bf16", "train", "8 x 128 tokens a step, 151,936 words, bf16", training,
+         {"config": REAL, "steps": 2, "autocast": "bfloat16", **_FEWER}, most_rounds=5),
     Case("encode-each", "tokenizer", "5 MB of documents, one call each, one thread", encode,
          {"megabytes": _TEXT, "library": "transformers", "batch": False}),
     Case("encode-batch", "tokenizer", "5 MB of documents in one call", encode,

@@ -30,11 +30,12 @@ class Comparison:
 def compare(
     ours: Callable[[], object], peer: Callable[[], object], rounds: int, *, warmup: int = 1,
     wait: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[], object] = lambda: None,
 ) -> Comparison:  # fmt: skip
     """Time both once a round, the other first in each next round; warm-up rounds do not count.
 
-    wait: called before each reading of the clock, to let a GPU finish. Raises ValueError for
-    rounds below 1.
+    wait: called before each reading of the clock, to let a GPU finish. prepare: called before each
+    call, outside of its time. Raises ValueError for rounds below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -46,6 +47,7 @@ def compare(
     try:
         for i in range(warmup + rounds):
             for action, seconds in sides if i % 2 == 0 else sides[::-1]:
+                prepare()
                 seconds.append(seconds_of(action, wait, clock))
     finally:
         if was_enabled:

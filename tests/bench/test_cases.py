@@ -42,6 +42,9 @@ def shrunk(case):
     if case.kind == "tokenizer":
         few = {"megabytes": 0.3, "vocab_size": 500} if "vocab_size" in case.sizes else {}
         return case.resized(**({"megabytes": {"code": 0.02, "languages": 0.01}} | few))
+    if case.kind == "train":
+        few = {"rows": 4, "tokens": 8, "micro_rows": 2, "steps": 2, "memory": False}
+        return case.resized(config=TINY, **few)
     small = {"rows": 2, "tokens": 6, "prompt_tokens": (2, 5), "new_tokens": 3, "samples": 2}
     sizes = {key: value for key, value in small.items() if key in case.sizes}
     if case.sizes["rows"] == 1:
@@ -66,7 +69,9 @@ def test_every_case_runs_and_fills_its_row(case):
     assert row["name"] == case.name and row["rounds"] == 1
     assert row["unit"] == ("MB/s" if case.kind == "tokenizer" else "tokens/s")
     assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
-    assert row["peer_name"].split(", ")[0] in ("transformers", "tokenizers")
+    assert row["peer_name"].split(", ")[0] in (
+        "transformers", "tokenizers", "transformers' Trainer"
+    )  # fmt: skip
 
 
 def test_both_sides_share_every_tensor_and_none_is_trivial():
@@ -185,6 +190,11 @@ def test_tokenizers_run_on_the_cpu():
     for more in (["--dtype", "bfloat16"], ["--device", "cuda"]):
         result = CliRunner().invoke(app, ["bench", "tokenizer", *more])
         assert result.exit_code == 2 and "leave out" in result.stderr
+
+
+def test_training_keeps_fp32_weights():
+    result = CliRunner().invoke(app, ["bench", "train", "--dtype", "bfloat16"])
+    assert result.exit_code == 2 and "fp32 weights" in result.stderr
 
 
 def test_offline_cases_are_skipped(monkeypatch):

@@ -68,6 +68,24 @@ def test_a_gpu_has_a_record_of_its_own(tool, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["bench_gpu.json"]
 
 
+def test_training_has_a_record_and_a_table_of_its_own(tool, tmp_path, monkeypatch):
+    memory = {"ours_mb": 512.4, "peer_mb": 4096.0, "peer_name": "transformers' Trainer, one batch"}
+    loop = report("loop", kind="train", versions={"torch": "2", "transformers": "5",
+                                                  "accelerate": "1"})  # fmt: skip
+    loop["rows"][0] |= memory
+    results = tmp_path / "RESULTS.md"
+    results.write_text(results.read_text() + "<!-- train: begin -->\n<!-- train: end -->\n")
+    call(tool, monkeypatch, "bench", *files(tmp_path, report("decode", kind="forward"), loop))
+    for name, case in (("bench_cpu", "decode"), ("train_cpu", "loop")):
+        record = json.loads((tmp_path / "records" / f"{name}.json").read_text())
+        assert [row["name"] for row in record["rows"]] == [case]
+    text = results.read_text()
+    line = "two rows | 3,000 | 1,000 | 2.96 | 2.50 to 3.25 | 512 | 4,096 | one batch |"
+    assert f"| loop | {line}" in text and "torch 2, transformers 5, accelerate 1." in text
+    call(tool, monkeypatch, "bench", *files(tmp_path, loop))
+    assert text == results.read_text(), "the other record stays"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
