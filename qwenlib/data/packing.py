@@ -6,8 +6,8 @@ token is nobody's target. `PackedBatch` carries all three. B rows, T tokens a ro
 """
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,12 +27,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return PackedBatch(**moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, start: int, stop: int) -> "PackedBatch":
         """Rows [start, stop): a micro-batch."""
-        return PackedBatch(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
+        return self._each(lambda tensor: tensor[start:stop])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
 
     @property
     def row_shape(self) -> tuple[int, int]:
