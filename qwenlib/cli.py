@@ -2,7 +2,8 @@
 cards.
 
 Exit codes of `run`: 0 done, 1 a check or stage failed, 2 bad parameters, 3 something in the
-environment is missing, 130 interrupted. Messages go to stderr; the last line on stdout is JSON.
+environment is missing, 75 preempted (the same command goes on), 130 interrupted. Messages go to
+stderr; the last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -113,12 +114,20 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Run again even when nothing has changed.")
     ] = False,
+    grace: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds to save in, after a SIGTERM or SIGUSR1."),
+    ] = 25.0,
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="Under Slurm: once saved, queue this job again.")
+    ] = False,
 ) -> None:
     """Run one chapter (with the missing ones it needs) or all; unchanged ones are skipped."""
     began = time.perf_counter()
-    from qwenlib.batch import params, runner
+    from qwenlib.batch import params, runner, signals
 
     try:
+        job = signals.slurm_job() if requeue and not dry_run else ""
         texts = params.parse_assignments(param or [])
         values = params.read_file(file) if file else {}
         for name, value in {"profile": profile, "run_dir": run_dir, "seed": seed}.items():
@@ -147,6 +156,7 @@ def run(
                 runner.Progress(),
                 force,
                 lambda name: writer.submit(report.update, plan.run_dir, plan.graph, name),
+                grace,
             )
     except params.EnvironmentProblem as error:
         _stop(3, str(error), stages={})
@@ -158,6 +168,10 @@ def run(
         "stages": {name: result.as_json() for name, result in results.items()},
     }
     print(json.dumps(line, ensure_ascii=False), flush=True)
+    if job and code == signals.EXIT_CODE:
+        # The last thing of all: Slurm ends the job when it queues it again.
+        if problem := signals.requeue(job):
+            typer.secho(f"error: {problem}", err=True, fg="red")
     raise typer.Exit(code)
 
 

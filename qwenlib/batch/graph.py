@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 STATUS_COLOURS = {
     "done": "#009E73", "failed": "#D55E00", "running": "#E69F00", "blocked": "#8A8A8A",
-    "interrupted": "#E69F00", "missing": "#B8C0C8",
+    "interrupted": "#E69F00", "preempted": "#E69F00", "missing": "#B8C0C8",
 }  # fmt: skip
 
 

@@ -21,9 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+# Batch systems send these to every process of a job; this one ends with its runner.
+LEAVE = (signal.SIGTERM, signal.SIGUSR1)
+
 
 def main(modules: Sequence[str]) -> None:
     """Import the modules, then fork a kernel for each request; only the kernels return."""
+    # Its end would take kernels along that still have a step to save. Blocked, not ignored: what
+    # comes for a new kernel waits until that is ready.
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE)
     if sys.path and Path(sys.path[0] or ".") == Path.cwd():
         del sys.path[0]  # a file of the working folder must not stand in for a package
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # read when ipykernel is imported
@@ -65,6 +71,7 @@ def _fork() -> int:
 def _become_kernel(parent: int, request: Mapping[str, Any]) -> None:
     """Leave this process as `python -m ipykernel_launcher` would find it, then run the kernel."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEAVE)
     os.setsid()
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -41,6 +41,8 @@ class KernelParent:
         self.modules = modules
         self._process: subprocess.Popen | None = None
         self._lines: Any = None
+        self._kernel: Kernel | None = None  # the one started last
+        self._stop_with = 0
 
     def __enter__(self) -> KernelParent:
         return self
@@ -82,6 +84,17 @@ class KernelParent:
             self._hang_up()
             return None
 
+    def stop(self, number: int) -> None:
+        """Send a signal to the kernel that was started last, and to any that still starts."""
+        self._stop_with = number
+        if self._kernel is not None:
+            self._kernel.send_signal(number)
+
+    def _started(self, pid: int) -> None:
+        self._kernel = Kernel(pid)
+        if self._stop_with:  # it came while the kernel was being started
+            self._kernel.send_signal(self._stop_with)
+
     def _hang_up(self) -> None:
         lines, self._lines = self._lines, None
         if lines is not None:
@@ -99,9 +112,12 @@ class KernelParent:
             async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
                 kernel = parent.fork(cmd, kwargs["env"], str(kwargs.get("cwd") or Path.cwd()))
                 if kernel is None:
-                    return await super().launch_kernel(cmd, **kwargs)
-                self.process, self.pid, self.pgid = kernel, kernel.pid, kernel.pid
-                return self.connection_info
+                    info = await super().launch_kernel(cmd, **kwargs)
+                else:
+                    self.process, self.pid, self.pgid = kernel, kernel.pid, kernel.pid
+                    info = self.connection_info
+                parent._started(self.pid)
+                return info
 
         class Manager(AsyncKernelManager):
             async def start_kernel(self, **kwargs: Any) -> None:
@@ -139,7 +155,8 @@ class Kernel:
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # gone since
+                os.kill(self.pid, signum)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

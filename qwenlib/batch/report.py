@@ -18,7 +18,7 @@ from qwenlib.batch import graph as graph_
 
 WORDS = {
     "done": "done", "failed": "failed", "running": "running", "interrupted": "interrupted",
-    "missing": "not run",
+    "preempted": "preempted", "missing": "not run",
 }  # fmt: skip
 
 
@@ -58,16 +58,14 @@ def export_notebook(stage_dir: Path) -> Path | None:
 
 
 def status_of(stage_dir: Path) -> str:
-    """done, failed, running, interrupted or missing, from the records of a stage folder."""
-    results = stages.read_json(stage_dir / "results.json")
-    if results:
-        return results["status"]
+    """done, failed, running, interrupted, preempted or missing, from a stage folder's records."""
+    recorded = (stages.read_json(stage_dir / "results.json") or {}).get("status")
     note = stages.read_json(stage_dir / "started.json")
-    if not note:
-        return "missing"
+    if recorded not in (None, "preempted") or not note:
+        return recorded or "missing"
     mark = note.get("pid_started")
     alive = mark is not None and stages.process_started(note["pid"]) == mark
-    return "running" if alive else "interrupted"
+    return "running" if alive else recorded or "interrupted"
 
 
 # ---------------------------------------------------------------- the page
@@ -374,7 +372,7 @@ svg .number { font-weight:700; font-size:12px; fill:var(--soft) }
   background:#e8ecf0; color:#45505c; white-space:nowrap; vertical-align:2px }
 .badge.done { background:#dcf3ea; color:#00664a }
 .badge.failed { background:#fbe3d6; color:#a03d00 }
-.badge.running, .badge.interrupted { background:#fdf0d4; color:#855a00 }
+.badge.running, .badge.interrupted, .badge.preempted { background:#fdf0d4; color:#855a00 }
 .error { background:#fdf1ea; border-left:4px solid #d55e00; padding:10px 14px;
   font:.86rem ui-monospace,Menlo,Consolas,monospace; white-space:pre-wrap }
 .two { display:grid; grid-template-columns:minmax(0,1.25fr) minmax(0,1fr); gap:28px }

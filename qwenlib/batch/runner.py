@@ -24,6 +24,7 @@ from qwenlib.batch import graph as graph_
 from qwenlib.batch import params
 from qwenlib.batch.kernels import KernelParent
 from qwenlib.batch.params import EnvironmentProblem, Given
+from qwenlib.batch.signals import EXIT_CODE, GRACE, Notice
 
 # Settings of the caller that stages built on the way share with the one that was asked for.
 SHARED = ("profile", "seed", "device", "run_dir", "wandb_mode", "missing_input")
@@ -51,7 +52,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Result:
-    """How a stage ended: done, failed, blocked or interrupted."""
+    """How a stage ended: done, failed, blocked, preempted or interrupted."""
 
     status: str
     seconds: float = 0.0
@@ -153,15 +154,21 @@ def execute(
     progress: Progress,
     force: bool = False,
     after_stage: Callable[[str], None] = lambda name: None,
+    grace: float = GRACE,
 ) -> dict[str, Result]:
     """Run the stages of a plan; a failure blocks only the stages that need the failed one.
 
-    On SIGINT or SIGTERM the kernel is ended, the stage counts as interrupted and the rest is
-    left for the next call.
+    On SIGINT the kernel is ended and the stage counts as interrupted; on SIGTERM or SIGUSR1 it has
+    `grace` seconds to save (see `Notice`) and counts as preempted. The rest is left for the next
+    call.
     """
     results: dict[str, Result] = {}
-    with _kernel_environment(), _terminate_as_interrupt(), KernelParent() as parent:
+    with _kernel_environment(), KernelParent() as parent, Notice(parent, grace) as notice:
         for number, step in enumerate(plan.steps, 1):
+            if notice.number:
+                results[step.name] = Result("preempted", error="not begun")
+                progress.stage_end(step.name, "preempted", 0.0, "not begun")
+                break
             failed = [
                 need
                 for need in stages.needs(step.resolved, plan.run_dir)
@@ -174,19 +181,22 @@ def execute(
                 continue
             try:
                 results[step.name] = _run_step(
-                    plan, step, force and step.asked, progress, number, parent
+                    plan, step, force and step.asked, progress, number, parent, notice
                 )
             except KeyboardInterrupt:
                 results[step.name] = Result("interrupted", error="interrupted")
                 progress.stage_end(step.name, "interrupted", 0.0, "run again to go on")
                 break
             after_stage(step.name)
+            if results[step.name].status == "preempted":
+                break
     return results
 
 
 def _run_step(
-    plan: Plan, step: Step, force: bool, progress: Progress, number: int, parent: KernelParent
-) -> Result:
+    plan: Plan, step: Step, force: bool, progress: Progress, number: int, parent: KernelParent,
+    notice: Notice,
+) -> Result:  # fmt: skip
     stage_dir = plan.run_dir / step.name
     stage_dir.mkdir(parents=True, exist_ok=True)
     with _only_writer(stage_dir, step.name):
@@ -203,10 +213,12 @@ def _run_step(
         try:
             _papermill(step, stage_dir / "notebook.ipynb", progress, parent)
         except _Failed as failure:
-            _record_failure(plan, step, failure, time.perf_counter() - began)
+            if failure.died and notice.number:
+                failure = _Failed(str(notice), "", "preempted")
             seconds = time.perf_counter() - began
-            progress.stage_end(step.name, "failed", seconds, str(failure))
-            return Result("failed", seconds, error=failure.short)
+            _record_failure(plan, step, failure, seconds)
+            progress.stage_end(step.name, failure.status, seconds, str(failure))
+            return Result(failure.status, seconds, error=failure.short)
         results = stages.finished(plan.run_dir, step.name)
         seconds = time.perf_counter() - began
         if results is None:
@@ -227,9 +239,9 @@ def _some(metrics: Mapping[str, Any]) -> str:
 class _Failed(Exception):
     """A notebook that did not reach its end: `short` for tables, `str()` with the cell."""
 
-    def __init__(self, short: str, detail: str):
+    def __init__(self, short: str, detail: str, status: str = "failed", died: bool = False):
         super().__init__(f"{short}\n{detail}".rstrip())
-        self.short = short
+        self.short, self.status, self.died = short, status, died
 
 
 def _papermill(step: Step, output: Path, progress: Progress, parent: KernelParent) -> None:
@@ -296,23 +308,29 @@ def _papermill(step: Step, output: Path, progress: Progress, parent: KernelParen
             extra_arguments=["--log-level=50"],  # the kernel's own notes; cell output is kept
         )
     except papermill.PapermillExecutionError as error:
+        if error.ename == "Preempted":  # the training loop's own
+            raise _Failed(error.evalue, "", "preempted") from None
         # papermill counts the cell of injected values; the reader looks at the executed file.
         excerpt = "\n".join("    " + line for line in error.source.strip().splitlines()[:12])
         detail = f"  cell {error.cell_index + 1} of {output}:\n{excerpt}"
         short = f"cell {error.cell_index + 1}: {error.ename}: {error.evalue}".strip(": ")
         raise _Failed(short, detail) from None
     except DeadKernelError:
-        raise _Failed("the kernel died (often: out of memory)", f"  see {output}") from None
+        text = "the kernel died (often: out of memory)"
+        raise _Failed(text, f"  see {output}", died=True) from None
     except NoSuchKernel as error:
         raise EnvironmentProblem(f"{error}; install it:  pip install ipykernel") from None
     except RuntimeError as error:  # the kernel did not come up
-        raise _Failed(f"the kernel did not start: {error}", "") from None
+        raise _Failed(f"the kernel did not start: {error}", "", died=True) from None
 
 
 def _record_failure(plan: Plan, step: Step, failure: _Failed, seconds: float) -> None:
-    """Say in results.json that the stage failed, keeping what the notebook recorded itself."""
+    """Say in results.json how the stage ended, keeping what the notebook recorded itself."""
     path = plan.run_dir / step.name / "results.json"
     recorded = stages.read_json(path) or {}
+    note = stages.read_json(path.with_name("started.json")) or {}
+    if failure.status == "preempted" and note.get("runner") != os.getpid():
+        return  # it had not begun: what lies there is an earlier run's
     base = {
         "stage": step.name, "title": step.resolved.chapter.title, "metrics": {}, "checks": [],
         "compare": [], "figures": [], "key_figure": None, "profile": step.resolved.profile,
@@ -321,7 +339,7 @@ def _record_failure(plan: Plan, step: Step, failure: _Failed, seconds: float) ->
     stages.write_json(
         path,
         base | recorded
-        | {"status": "failed", "error": failure.short, "seconds": round(seconds, 2)},
+        | {"status": failure.status, "error": failure.short, "seconds": round(seconds, 2)},
     )  # fmt: skip
 
 
@@ -385,24 +403,6 @@ def _kernel_environment() -> Iterator[None]:
         os.environ.update(old)
 
 
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM (a scheduler's way to stop a job) unwind like Ctrl-C."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        old = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
 # ---------------------------------------------------------------- progress
 
 
@@ -461,9 +461,9 @@ class Progress:
         if self._beat:
             self._beat.set()
         self._live = self._beat = None
-        mark, colour = {"done": ("✓", "green"), "blocked": ("–", "yellow")}.get(
-            status, ("✗", "red")
-        )
+        mark, colour = {
+            "done": ("✓", "green"), "blocked": ("–", "yellow"), "preempted": ("–", "yellow"),
+        }.get(status, ("✗", "red"))  # fmt: skip
         from rich.markup import escape
 
         line = f"  [{colour}]{mark} {name}[/{colour}] {status} {seconds:.1f} s"
@@ -471,9 +471,10 @@ class Progress:
 
 
 def exit_code(results: Mapping[str, Result]) -> int:
-    """0 when every stage is done, 1 otherwise (130 after an interrupt)."""
-    if any(result.status == "interrupted" for result in results.values()):
-        return 130
+    """0 when every stage is done, 1 otherwise (130 after an interrupt, 75 when preempted)."""
+    ends = {result.status for result in results.values()}
+    if ends & {"interrupted", "preempted"}:
+        return 130 if "interrupted" in ends else EXIT_CODE
     return 0 if all(result.status == "done" for result in results.values()) else 1
 
 

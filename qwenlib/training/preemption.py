@@ -24,6 +24,9 @@ class Preempted(SystemExit):
         super().__init__(EXIT_CODE)
         self.name, self.step, self.saved = name, step, saved
 
+    def __reduce__(self):
+        return Preempted, (self.name, self.step, self.saved)  # from a worker process to its pool
+
     def __str__(self) -> str:
         state = "the state is saved, run again to go on" if self.saved else "no state was asked for"
         return f"{self.name}: stopped after step {self.step}; {state}"

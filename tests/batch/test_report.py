@@ -1,8 +1,10 @@
 """The HTML report, from records written by hand."""
 
 import json
+import os
 import re
 
+from qwenlib import stages
 from qwenlib.batch import graph, report
 
 PNG = bytes.fromhex("89504e470d0a1a0a")
@@ -42,6 +44,13 @@ def test_stage_status_from_its_records(walk):
     stage.mkdir(parents=True)
     (stage / "started.json").write_text(json.dumps({"pid": 2**22 + 1, "pid_started": "1"}))
     assert report.status_of(stage) == "interrupted"
+    (stage / "results.json").write_text('{"status": "preempted"}')
+    assert report.status_of(stage) == "preempted"
+    mark = stages.process_started(os.getpid())
+    (stage / "started.json").write_text(json.dumps({"pid": os.getpid(), "pid_started": mark}))
+    assert report.status_of(stage) == "running"
+    (stage / "results.json").write_text('{"status": "done"}')
+    assert report.status_of(stage) == "done"
 
 
 def test_notebooks_become_html_once(walk):

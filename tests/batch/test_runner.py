@@ -120,6 +120,7 @@ def test_exit_codes():
     assert runner.exit_code({"a": done}) == 0
     assert runner.exit_code({"a": done, "b": failed}) == 1
     assert runner.exit_code({"a": runner.Result("interrupted")}) == 130
+    assert runner.exit_code({"a": done, "b": runner.Result("preempted")}) == 75
 
 
 def test_one_stage_runs_fails_and_is_reported(walk):
@@ -186,8 +187,9 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_metrics(walk, how):
     _, straight, _ = walk.qwenlib("run", "2", "-p", "max_steps=6", "--run-dir", "runs/straight")
     arguments, note, code, out = killed_in_the_loop(walk, how)
     if how == signal.SIGTERM:
-        assert code == 130
-        assert json.loads(out.splitlines()[-1])["stages"]["02_second"]["status"] == "interrupted"
+        assert code == 75
+        stage = json.loads(out.splitlines()[-1])["stages"]["02_second"]
+        assert stage["status"] == "preempted" and "was not training" in stage["error"]
     end = time.monotonic() + 10
     while stages.process_started(note["pid"]) == note["pid_started"]:
         assert time.monotonic() < end, "the kernel outlived its runner"

@@ -6,6 +6,8 @@ from tests.mutations.harness import Mutation, assert_caught
 
 RECORDER, ROWS = "qwenlib.recorder", "tests/test_recorder.py::"
 LEFT = "tests/training/test_preemption.py::"
+SIGNALS = "qwenlib.batch.signals"
+NOTICE = "tests/batch/test_signals.py::test_a_notice_is_passed_on_and_has_an_end"
 RESUMED = ROWS + "test_a_resumed_run_repeats_no_step"
 
 CASES = [
@@ -26,6 +28,14 @@ CASES = [
     Mutation("a signal asked for once only", "qwenlib.training.preemption",
              "return self.number != 0", "number, self.number = self.number, 0\n"
              "        return number != 0", LEFT + "test_a_signal_between_two_steps_is_not_lost"),
+    Mutation("each signal brings more time", SIGNALS, "if not self.number:", "if True:", NOTICE),
+    Mutation("a notice without an end", SIGNALS, "self.parent.stop(signal.SIGKILL)", "pass",
+             NOTICE),
+    Mutation("always passed on as SIGTERM", SIGNALS, "self.parent.stop(number)",
+             "self.parent.stop(signal.SIGTERM)", NOTICE),
+    Mutation("preempted is a failure", "qwenlib.batch.runner",
+             'ends & {"interrupted", "preempted"}', 'ends & {"interrupted"}',
+             "tests/batch/test_runner.py::test_exit_codes"),
 ]  # fmt: skip
 
 
