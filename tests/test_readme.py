@@ -21,7 +21,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]
+    lines = [line.split("#")[0].strip().removeprefix("exec ") for line in text.splitlines()]
+    return [line for line in lines if line]
 
 
 def qwenlib_commands() -> list[str]:
