@@ -122,6 +122,7 @@ class Recorder:
             return False
         try:
             os.environ.setdefault("WANDB_SILENT", "true")
+            given = "WANDB_SERVICE" in os.environ
             import wandb
 
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -138,6 +139,10 @@ class Recorder:
                     x_disable_stats=True, x_disable_meta=True,
                 ),
             )  # fmt: skip
+            if not given:
+                # Else processes started here would share this one's service, and it would hold
+                # the run of a killed one for ever: its resume could not have the same id.
+                os.environ.pop("WANDB_SERVICE", None)
             # Several loops of one notebook may count their own steps.
             run.define_metric("*", step_metric="step")
             return run

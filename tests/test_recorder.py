@@ -106,6 +106,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_the_newest_offline_file_holds_the_whole_run():
     """Also the rows of the process that was killed: an upload of it replaces the earlier file."""
     with folder() as where:
+        other = Recorder(where / "other", **SETTINGS)  # what it leaves behind is not in the way
+        log(other, 1, 2)
+        other.finish()
         env = os.environ | {"PYTHONPATH": str(stages.PACKAGE.parent)}
         done = subprocess.run([sys.executable, "-c", KILLED, str(where)], env=env)
         assert done.returncode == -signal.SIGKILL
