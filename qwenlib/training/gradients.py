@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qwenlib.training.sharding import one_sum
+
 
 class Gradients:
     """Sums losses, counts and gradients over micro-batches.
@@ -55,7 +57,8 @@ class Gradients:
         if workers > 1:
             results = self._side_by_side(model, micro_batches, loss_fn, workers)
         else:
-            results = [self._in_place(model, batch, loss_fn) for batch in micro_batches]
+            parts = one_sum(model, micro_batches)
+            results = [self._in_place(model, batch, loss_fn) for batch in parts]
         total, count, sums, self.losses, self.shapes = 0.0, 0.0, {}, [], []
         for loss_sum, counted, stats, shape in results:  # a GPU is waited for here, not before
             loss, n = float(loss_sum), float(counted)

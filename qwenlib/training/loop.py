@@ -33,6 +33,7 @@ from qwenlib.training.optim import adamw
 from qwenlib.training.preemption import Preemption
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import learning_rate_at
+from qwenlib.training.sharding import let_go
 
 __all__ = ["TrainConfig", "TrainResult", "clear_state", "compute_dtype", "train"]
 
@@ -84,6 +85,7 @@ def train(
     before it, and the last state stays. A bad step that is skipped leaves the optimiser alone.
     Raises Preempted after the step in which SIGTERM or SIGUSR1 came, with the state of it saved.
     """
+    let_go(model)
     optimizer = optimizer or adamw(
         model, config.learning_rate, config.betas, config.eps, config.weight_decay
     )
@@ -180,7 +182,9 @@ def clear_state(out_dir: str | Path) -> None:
 
 def _evaluated(evaluate, model, average: WeightAverage | None) -> dict:
     with average.in_place_of(model) if average else nullcontext():
-        return evaluate(model)
+        scores = evaluate(model)
+        let_go(model)
+        return scores
 
 
 def _step(model, micro_batches, loss_fn, optimizer, gradients, meter, config, history) -> tuple:

@@ -21,6 +21,7 @@ LOGPROBS, ROOM = "qwenlib.kernels.logprobs", "tests/kernels/test_logprobs.py::"
 VALUES = ROOM + "test_values_and_gradients"
 HITS = "tests/kernels/test_cross_entropy.py::test_loss_gradients_and_hits"
 RESUMED = TRAINING + "test_resume.py::test_resumed_run_equals_the_straight_run"
+SHARDED = TRAINING + "test_sharding.py::test_parts_of_a_step_are_all_its_rows_once"
 ALONE = TRAINING + "test_losses.py::test_packed_loss_and_gradients_equal_documents_alone"
 FLAT = "tests/post_training/test_rollouts.py::test_flat_groups_left_out_change_nothing"
 PAIRS = "tests/post_training/test_preferences.py::"
@@ -154,6 +155,10 @@ CASES = [
              "model.gradient_checkpointing = model.gradient_checkpointing, True",
              "model.gradient_checkpointing = model.gradient_checkpointing, False",
              TRAINING + "test_compute.py::test_checkpointed_blocks_change_no_bit_and_are_let_go"),
+    Mutation("every rank takes the first part", "qwenlib.training.sharding",
+             "micro_batches[number * count + i]", "micro_batches[i]", SHARDED),
+    Mutation("rows of the cut left out", "qwenlib.training.sharding",
+             "rows * (number + 1) // ranks)", "rows * number // ranks + rows // ranks)", SHARDED),
     Mutation("first label kept", PACKING, "labels_BT[row, start] = IGNORE", "pass", ALONE),
     Mutation("packed positions run on", PACKING, "np.arange(len(ids))",
              "np.arange(start, start + len(ids))",
