@@ -22,6 +22,7 @@ VALUES = ROOM + "test_values_and_gradients"
 HITS = "tests/kernels/test_cross_entropy.py::test_loss_gradients_and_hits"
 RESUMED = TRAINING + "test_resume.py::test_resumed_run_equals_the_straight_run"
 SHARDED = TRAINING + "test_sharding.py::test_parts_of_a_step_are_all_its_rows_once"
+LAUNCHED = TRAINING + "test_launch.py::test_"
 ALONE = TRAINING + "test_losses.py::test_packed_loss_and_gradients_equal_documents_alone"
 FLAT = "tests/post_training/test_rollouts.py::test_flat_groups_left_out_change_nothing"
 PAIRS = "tests/post_training/test_preferences.py::"
@@ -159,6 +160,12 @@ CASES = [
              "micro_batches[number * count + i]", "micro_batches[i]", SHARDED),
     Mutation("rows of the cut left out", "qwenlib.training.sharding",
              "rows * (number + 1) // ranks)", "rows * number // ranks + rows // ranks)", SHARDED),
+    Mutation("the last failure told as the cause", "qwenlib.training.launch",
+             "first = min(failed", "first = max(failed",
+             LAUNCHED + "the_earliest_failure_is_the_cause"),
+    Mutation("every node has as many tasks", "qwenlib.training.launch",
+             'here[int(environ["SLURM_NODEID"])]', "here[0]",
+             LAUNCHED + "tasks_of_a_slurm_step_are_ranks"),
     Mutation("first label kept", PACKING, "labels_BT[row, start] = IGNORE", "pass", ALONE),
     Mutation("packed positions run on", PACKING, "np.arange(len(ids))",
              "np.arange(start, start + len(ids))",
