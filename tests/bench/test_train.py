@@ -1,6 +1,7 @@
 """The Trainer takes the steps our loop takes, and what is timed and weighed is the training."""
 
 import dataclasses
+import statistics
 import tempfile
 
 import pytest
@@ -96,16 +97,19 @@ def test_without_accelerate_the_case_is_skipped(monkeypatch):
 
 
 def test_peak_is_the_highest_moment_above_the_start():
-    keep = torch.ones(20_000_000)  # 80 MB that were there before
+    """Wide bounds and medians: other threads of this process take and free memory meanwhile."""
+    keep = torch.ones(50_000_000)  # 200 MB that were there before
 
     def work():
         for _ in range(3):
-            torch.ones(10_000_000)  # 40 MB, freed each time
+            torch.ones(50_000_000)  # 200 MB, freed each time
 
-    for _ in range(2):  # an earlier peak does not hide a later one
-        assert 38 < peak_mb(work, CPU) < 60
-    assert peak_mb(lambda: None, CPU) < 10
-    assert float(keep.sum()) == 2e7
+    def peak(work):
+        return statistics.median(peak_mb(work, CPU) for _ in range(3))
+
+    assert 100 < peak(work) < 300  # the second and third: an earlier peak does not hide a later one
+    assert peak(lambda: None) < 100
+    assert float(keep.sum()) == 5e7
 
 
 def test_errors_of_the_other_process_come_back():
