@@ -84,12 +84,20 @@ def test_python_block_runs(capsys):
 def test_tokenizer_block_runs(capsys):
     from qwenlib.assets import AssetError
 
-    _, code = blocks("python")
+    code = blocks("python")[1]
     try:
         exec(compile(code, "README.md", "exec"), {})
     except AssetError as error:
         pytest.skip(f"the real vocabulary cannot be fetched: {str(error).splitlines()[0]}")
     assert capsys.readouterr().out == "naïve 😀\n"
+
+
+@pytest.mark.slow
+def test_training_on_several_processes_runs(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(blocks("python")[2])
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout.split()[-1]) < 8
 
 
 def recorder():

@@ -26,7 +26,9 @@ from qwenlib.model.transformer import Qwen
 from qwenlib.training.distributed import rank, world_size
 
 
-def shard(model: Qwen, *, replicas: int = 1, autocast: str = "none") -> Qwen:
+def shard(
+    model: Qwen, *, replicas: int = 1, autocast: str = "none", sum_each: bool = False
+) -> Qwen:
     """The same model, its parameters now DTensors of which this rank holds a part; in place.
 
     Make the optimiser and the weights' average afterwards. Every rank must give the same weights.
@@ -43,6 +45,8 @@ def shard(model: Qwen, *, replicas: int = 1, autocast: str = "none") -> Qwen:
             `world_size() // int(os.environ["LOCAL_WORLD_SIZE"])`, weights stay inside a node.
         autocast: as `TrainConfig.autocast`. "bfloat16" gathers and computes with bf16 copies of the
             weights; the parts, gradients' sums and moments stay in the model's own dtype (fp32).
+        sum_each: sum gradients over ranks after each micro-batch of a step. Else it is done once,
+            after the last, and until then every rank holds whole gradients (4 bytes a parameter).
     Raises ValueError when the ranks do not divide into `replicas`, or autocast is undecided.
     """
     if autocast not in ("none", "bfloat16"):
@@ -61,6 +65,7 @@ def shard(model: Qwen, *, replicas: int = 1, autocast: str = "none") -> Qwen:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no product before a sum
+    model.sum_each = sum_each
     return model
 
 
@@ -84,7 +89,8 @@ def let_go(model: nn.Module) -> None:
 
 
 def one_sum(model: nn.Module, micro_batches: Sequence[Any]) -> Iterator[Any]:
-    """The micro-batches of a step; a sharded model sums gradients over ranks in the last alone.
+    """The micro-batches of a step; a sharded model sums gradients over ranks in the last alone
+    (see `shard`).
 
     Raises ValueError when ranks have unequal numbers: their passes would wait for each other.
     """
@@ -103,7 +109,7 @@ def one_sum(model: nn.Module, micro_batches: Sequence[Any]) -> Iterator[Any]:
             "needs as many on each (see by_rank)"
         )
     for i, micro_batch in enumerate(micro_batches, 1):
-        model.set_requires_gradient_sync(i == ours)
+        model.set_requires_gradient_sync(i == ours or model.sum_each)
         yield micro_batch
 
 

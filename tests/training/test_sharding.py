@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenlib.model import MoEConfig, Qwen
 from qwenlib.training import held_out_loss, next_token_loss, train
+from qwenlib.training.gradients import Gradients
 from qwenlib.training.sharding import by_rank, part_of, shard, whole_weights
 from tests.training.test_loop import batch, model, settings
 
@@ -48,11 +50,32 @@ def cases() -> dict:
     found = {kind: (kind, {}, {}) for kind in KINDS}
     found["one micro-batch"] = ("dense tied", {}, {"parts": 2})
     found["rows cut"] = ("dense tied", {}, {"parts": 1})
+    found["summed each time"] = ("dense untied", {"sum_each": True}, {})
     found["copies"] = ("moe untied", {"replicas": 2}, {})
     found["blocks run again"] = ("dense untied", {}, {"activation_checkpointing": "full"})
     half = {"autocast": "bfloat16"}
     found["bf16"] = ("dense tied", half, half)
     return found
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def sums_in_a_step(net: Qwen, **options) -> int:
+    """Sums over ranks that the gradients of a step of three micro-batches take."""
+    net = shard(Qwen(net.config).initialise(0), **options)
+    with Calls() as seen, Gradients(net.parameters()) as gradients:
+        gradients(net, pieces(0, 3), next_token_loss)
+    return seen.names.count("c10d::_reduce_scatter_base_")
 
 
 def one_rank(number: int, folder: str, names: list[str]) -> None:
@@ -66,6 +89,7 @@ def one_rank(number: int, folder: str, names: list[str]) -> None:
         net = shard(network(kind), **options)
         held = sum(p.to_local().numel() for p in net.parameters())
         kept[name] = run(net, **changes) | {"held": held}
+    kept["sums"] = [sums_in_a_step(net, sum_each=each) for each in (False, True)]
     net = shard(network("dense tied"))
     try:
         train(net, lambda step: pieces(step, 1 + number), next_token_loss, settings(max_steps=1))
@@ -131,6 +155,8 @@ def test_two_ranks_equal_one():
     ranks = on_two_ranks("dense tied", "moe untied")
     check(ranks, "dense tied")
     check(ranks, "moe untied")
+    units = model().config.num_hidden_layers + 1
+    assert ranks[0]["sums"] == [units, 3 * units], "one for each unit, or with sum_each three"
     assert ranks[0]["unequal"].startswith("rank 0 has 1 micro-batches, others 1 to 2")
     assert ranks[1]["replicas"] == "2 ranks do not divide into 3 replicas of the model"
 
