@@ -39,6 +39,14 @@ class PairBatch:
         """Rows, and tokens of a row."""
         return self.rows.row_shape
 
+    def part(self, number: int, of: int) -> "PairBatch":
+        """Part `number` of `of` of the pairs, each with both its answers."""
+        pairs = len(self.reference_2B) // 2
+        chosen = torch.arange(pairs * number // of, pairs * (number + 1) // of)
+        both = torch.cat([chosen, pairs + chosen])
+        rows = CompletionBatch(self.rows.input_ids_NT[both], self.rows.labels_NT[both])
+        return PairBatch(rows, self.reference_2B[both])
+
 
 def build_pairs(
     answers: Answers, per_task: int = 1, min_pass_rate: float = 0.0,

@@ -130,8 +130,9 @@ def by_rank(batches: Callable[[int], Sequence[Any]]) -> Callable[[int], Sequence
     """`batches` (step -> all micro-batches of a step, the same on each rank), this rank's part.
 
     Rank r of R takes the r-th of R equal runs of micro-batches; when they do not divide evenly, the
-    r-th part of each one's rows (`rows(start, stop)`). Together the ranks then have each row once,
-    in the order of one process. Alone, it is `batches` itself.
+    r-th part of each: what its `part(r, R)` says, or else of its rows (`rows(start, stop)`).
+    Together the ranks then have each row once, in the order of one process. Alone, it is `batches`
+    itself.
     """
     ranks = world_size()
     return batches if ranks == 1 else lambda step: part_of(batches(step), rank(), ranks)
@@ -148,10 +149,12 @@ def part_of(micro_batches: Sequence[Any], number: int, ranks: int) -> Sequence[A
 
     def cut(i: int) -> Any:
         whole = micro_batches[i]
-        if not hasattr(whole, "rows"):
+        if hasattr(whole, "part"):
+            return whole.part(number, ranks)
+        if not callable(getattr(whole, "rows", None)):
             raise ValueError(
                 f"{len(micro_batches)} micro-batches do not divide into {ranks} ranks, and a "
-                f"{type(whole).__name__} has no rows(start, stop) to cut it by"
+                f"{type(whole).__name__} has neither part(number, of) nor rows(start, stop)"
             )
         rows, _ = whole.row_shape
         if rows < ranks:

@@ -10,9 +10,12 @@ import torch.multiprocessing as processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenlib.model import MoEConfig, Qwen
-from qwenlib.training import held_out_loss, next_token_loss, train
+from qwenlib.post_training.completions import CompletionBatch
+from qwenlib.post_training.preferences import PairBatch
+from qwenlib.training import held_out_loss, launch, next_token_loss, train
 from qwenlib.training.gradients import Gradients
 from qwenlib.training.sharding import by_rank, part_of, shard, whole_weights
+from tests.training import test_golden
 from tests.training.test_loop import batch, model, settings
 
 STEPS, RANKS = 20, 2
@@ -167,6 +170,26 @@ def test_every_kind_on_two_ranks_equals_one(name):
     check(on_two_ranks(*cases()), name)
 
 
+@pytest.mark.slow
+def test_every_stage_on_two_ranks_equals_one():
+    """Pretraining, with router losses too, packed SFT and DPO: the curves of tests/golden."""
+
+    def on_each_rank():
+        def in_parts(net, batches, *rest, **options):
+            return train(shard(net), by_rank(batches), *rest, **options)
+
+        test_golden.train = in_parts
+        return {name: stage() for name, stage in test_golden.CASES.items()}
+
+    ranks = launch(on_each_rank, nproc=RANKS, device="cpu", show=False)
+    for name, stage in test_golden.CASES.items():
+        alone = stage()
+        for key in ("loss", "grad_norm", "count"):
+            off = max(abs(two[key] / one[key] - 1) for two, one in zip(ranks[name], alone))
+            print(f"{name} {key}: {off:.1e}")
+            assert off < (1e-5 if key == "grad_norm" else 1e-6), (name, key)
+
+
 @pytest.mark.parametrize("parts, ranks", [(4, 2), (4, 4), (1, 2), (3, 2)])
 def test_parts_of_a_step_are_all_its_rows_once(parts, ranks):
     made = [list(part_of(pieces(3, parts), number, ranks)) for number in range(ranks)]
@@ -176,6 +199,16 @@ def test_parts_of_a_step_are_all_its_rows_once(parts, ranks):
     if parts % ranks == 0:
         assert torch.equal(rows, want), "in the order of one process"
     assert sorted(rows.tolist()) == sorted(want.tolist())
+
+
+def test_parts_of_pairs_have_both_answers():
+    rows = torch.arange(10)[:, None].expand(10, 3)  # five pairs: row i and row i + 5
+    whole = PairBatch(CompletionBatch(rows, rows + 100), torch.arange(10.0))
+    parts = [part_of([whole], number, 2)[0] for number in range(2)]
+    for part, want in zip(parts, ([0, 1, 5, 6], [2, 3, 4, 7, 8, 9])):
+        assert part.rows.input_ids_NT[:, 0].tolist() == want
+        assert part.rows.labels_NT[:, 2].tolist() == [100 + i for i in want]
+        assert part.reference_2B.tolist() == want
 
 
 def test_what_cannot_be_shared_out():
