@@ -19,7 +19,7 @@ from torch import Tensor
 from qwenlib.c_build import compiled
 
 _LANES = 16  # of the widest registers
-_ROWS, _ELEMENTS = 512, 1 << 21  # a chunk: at least so many rows, and about so many logits
+_ROWS, _ELEMENTS = 256, 1 << 21  # a chunk: at least so many rows, and about so many logits
 _COLUMNS = 1 << 13  # of the vocabulary at a time in the weight's gradient
 
 
@@ -84,6 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         grad_x_MD, grad_weight_VD = ctx.saved_tensors
+        # loss.backward() asks for the gradient as it is: no second one as large as the weight.
+        if grad_loss.device.type == "cpu" and grad_loss == 1:  # a GPU would have to wait
+            return grad_x_MD, grad_weight_VD, None, None
         return (
             grad_x_MD if grad_x_MD is None else grad_x_MD * grad_loss,
             grad_weight_VD if grad_weight_VD is None else grad_weight_VD * grad_loss,
@@ -121,12 +124,15 @@ def _zeros(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     return x_MD.new_zeros((), dtype=torch.float32), x_MD.new_zeros((), dtype=torch.long)
 
 
-def _rows(weight_VD: Tensor) -> int:
-    return max(_ROWS, _ELEMENTS // weight_VD.shape[0])
+def chunk_rows(weight_VD: Tensor) -> int:
+    """How many rows' logits exist at a time; a GPU needs more of them to be busy."""
+    least = _ROWS if weight_VD.device.type == "cpu" else 2 * _ROWS
+    return max(least, _ELEMENTS // len(weight_VD))
 
 
 def _chunks(x_MD, targets_M, weight_VD):
-    return zip(x_MD.split(_rows(weight_VD)), targets_M.split(_rows(weight_VD)))
+    rows = chunk_rows(weight_VD)
+    return zip(x_MD.split(rows), targets_M.split(rows))
 
 
 def _loss_and_gradient(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:

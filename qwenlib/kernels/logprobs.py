@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwenlib.kernels.cross_entropy import add_product, check_targets
-
-_ROWS, _ELEMENTS = 256, 1 << 21  # a chunk: at least so many rows, and about so many logits
+from qwenlib.kernels.cross_entropy import add_product, check_targets, chunk_rows
 
 
 def linear_logprobs(
@@ -119,7 +117,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(x_MD: Tensor, weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    rows = max(_ROWS, _ELEMENTS // len(weight_VD))
+    rows = chunk_rows(weight_VD)
     for first in range(0, len(x_MD), rows):
         part = slice(first, first + rows)
         yield part, x_MD[part]

@@ -44,7 +44,7 @@ def oracle(x, w, targets):
 
 
 @both_ways
-# Sizes around the widths of registers (4, 8, 16), a chunk of 512 rows and one of 8,192 columns.
+# Sizes around the widths of registers (4, 8, 16), a chunk of 256 rows and one of 8,192 columns.
 @pytest.mark.parametrize("M,V", [(1, 1), (3, 2), (5, 15), (7, 16), (8, 17), (33, 61), (1030, 8195)])
 def test_loss_gradients_and_hits(way, M, V):
     x, w, targets = draw(M, V)
@@ -199,6 +199,17 @@ def test_targets_may_lie_apart(way):
     apart = torch.stack((targets, torch.full_like(targets, 7)), dim=1)[:, 0]
     assert not apart.is_contiguous()
     assert torch.equal(linear_cross_entropy(x, w, apart)[0], want)
+
+
+def test_a_graph_that_is_kept_gives_its_gradient_again():
+    """The gradient kept for the backward pass is handed out as it is; never to be changed."""
+    x, w, targets = draw(4, 9)
+    _, gradients, _ = oracle(x, w, targets)
+    loss, _ = linear_cross_entropy(x, w, targets)
+    for times in (1, 2, 5):
+        (loss * 3 if times == 5 else loss).backward(retain_graph=True)
+        for leaf, gradient in zip((x, w), gradients, strict=True):
+            torch.testing.assert_close(leaf.grad.double(), times * gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_derivative_is_refused():

@@ -79,8 +79,7 @@ def test_gradcheck(with_entropy):
         return pair if with_entropy else pair[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "_ROWS", 3)
-        patch.setattr(logprobs, "_ELEMENTS", 1)
+        patch.setattr(logprobs, "chunk_rows", lambda weight: 3)
         torch.autograd.gradcheck(outputs, (x, w))
 
 
