@@ -5,6 +5,8 @@ import re
 import threading
 from typing import Any
 
+import numpy as np
+
 from qwenlib.tokenizer.bpe import CHAR_TO_BYTE
 
 # Letters and digits of Unicode 17. gigatoken knows them, the `tokenizers` library does not yet, so
@@ -69,3 +71,10 @@ class Encoder:
         with self._lock:
             self._count(sum(map(len, texts)))
             return self._core.encode_batch_list(texts, parallel=None if parallel else False)
+
+    def encode_arrays(self, texts: list[str], parallel: bool) -> list[np.ndarray]:
+        """`encode_all` as arrays: four times as fast, as no id becomes a Python number."""
+        with self._lock:
+            self._count(sum(map(len, texts)))
+            layout = self._core.encode_batch(texts, parallel=None if parallel else False).layout
+        return np.split(np.asarray(layout.content.data), np.asarray(layout.offsets.data)[1:-1])

@@ -13,14 +13,11 @@ import hashlib
 import heapq
 import itertools
 import json
-import multiprocessing
 import operator
 import os
 import re
-import signal
 import struct
 import tempfile
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,6 +30,7 @@ import regex
 import tokenizers
 from filelock import FileLock, Timeout
 
+from qwenlib.processes import WORKER_ENDED, prepare_worker, process_context
 from qwenlib.tokenizer.bpe import PRETOKEN_PATTERN, pretokenize
 
 CHUNK_BYTES = 4 << 20  # of text for one task of a worker
@@ -216,7 +214,7 @@ def _counted(
         for chunk in chunks:
             yield chunk, _count(chunk.pieces)
         return
-    pool = ProcessPoolExecutor(workers, _context(), _prepare_worker)
+    pool = ProcessPoolExecutor(workers, process_context(), prepare_worker)
     waiting: deque[tuple[_Chunk, Future]] = deque()
     try:
         for chunk in chunks:
@@ -228,30 +226,9 @@ def _counted(
             first, future = waiting.popleft()
             yield first, future.result()
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process ended: for want of memory use fewer workers or a smaller memory_mb; "
-            'a script that starts workers needs `if __name__ == "__main__":`'
-        ) from None
+        raise RuntimeError(WORKER_ENDED.format(" or a smaller memory_mb")) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    """Fork, which starts at once, only where no other thread can hold a lock at that moment."""
-    tasks = Path("/proc/self/task")
-    alone = tasks.is_dir() and len(list(tasks.iterdir())) == 1
-    return multiprocessing.get_context("fork" if alone else "spawn")
-
-
-def _prepare_worker() -> None:
-    """Ctrl-C is the parent's affair; when it is killed, its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _select(items: Callable[[], Iterable[tuple[bytes, int]]], max_words: int | None) -> Pretokens:

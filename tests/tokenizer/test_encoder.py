@@ -169,6 +169,36 @@ def test_batches_equal_single_texts(parallel, allow_control):
         ]
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("more", [[], ["\u088f"], ["", ""]])
+def test_arrays_equal_lists(parallel, more):
+    """With a text for the slow way, and with empty ones at the ends."""
+    tokenizer, _, _ = build()
+    texts = [*more, *LANGUAGES.values(), "", CODE, "a<|im_end|>b", *more]
+    arrays = tokenizer.encode_arrays(iter(texts), parallel)
+    assert [array.tolist() for array in arrays] == tokenizer.encode_batch(texts)
+    assert {array.dtype for array in arrays} == {np.dtype("uint32")}
+    assert tokenizer.encode_arrays([]) == []
+    with pytest.raises(ValueError, match="text 1: .*lone surrogate"):
+        tokenizer.encode_arrays(["a", "c\udc00"])
+
+
+def test_fingerprints_tell_tokenizers_apart(tmp_path):
+    tokenizer, _, _ = build()
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).fingerprint == tokenizer.fingerprint
+    pattern = {"Regex": r"\p{N}+|\P{N}+"}
+
+    def other_pattern(content):
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = pattern
+
+    def other_control(content):
+        content["added_tokens"][-1]["content"] = "<|other|>"
+
+    others = [Tokenizer.from_merges(MERGES[:-1]), changed(other_pattern), changed(other_control)]
+    assert len({tokenizer.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
 def test_other_pre_tokenizers_in_batches():
     content = json.loads(Tokenizer.from_merges(MERGES)._full.to_str())
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\p{N}+|\P{N}+"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -33,10 +34,10 @@ def test_counts_of_texts(monkeypatch):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_both_ways_to_start_workers(method, monkeypatch):
-    if method not in pretokens.multiprocessing.get_all_start_methods():
+    if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
-    context = pretokens.multiprocessing.get_context(method)
-    monkeypatch.setattr(pretokens, "_context", lambda: context)
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(pretokens, "process_context", lambda: context)
     assert count_pretokens(CORPUS, 2) == naive_counts(CORPUS)
 
 
@@ -46,9 +47,9 @@ def test_one_worker_is_no_process(monkeypatch):
 
 
 def test_a_killed_worker_is_told(monkeypatch):
-    context = pretokens.multiprocessing.get_context("fork")
-    monkeypatch.setattr(pretokens, "_context", lambda: context)
-    monkeypatch.setattr(pretokens, "_prepare_worker", lambda: os._exit(9))
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(pretokens, "process_context", lambda: context)
+    monkeypatch.setattr(pretokens, "prepare_worker", lambda: os._exit(9))
     with pytest.raises(RuntimeError, match="fewer workers"):
         count_pretokens(CORPUS, 2)
 
@@ -245,10 +246,10 @@ def test_killed_again_and_again(tmp_path, small_chunks):
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
-        "import os, signal, time\n"
+        "import multiprocessing, os, signal\n"
         "from qwenlib.tokenizer import pretokens\n"
         "def tell(done, total):\n"
-        "    print(*[p.pid for p in pretokens.multiprocessing.active_children()], flush=True)\n"
+        "    print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
         "    pretokens.CHUNK_BYTES = 100\n"
