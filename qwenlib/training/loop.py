@@ -25,7 +25,7 @@ from qwenlib.training.averages import WeightAverage
 from qwenlib.training.bad_steps import name_batch, too_many, why_bad
 from qwenlib.training.compute import checkpointed, compiled, uncompiled
 from qwenlib.training.config import TrainConfig, compute_dtype
-from qwenlib.training.distributed import rank, sum_gradients, sum_over_ranks
+from qwenlib.training.distributed import rank, sum_gradients, sum_over_ranks, world_size
 from qwenlib.training.gradients import Gradients
 from qwenlib.training.history import History
 from qwenlib.training.meter import Meter, bits_a_byte, progress
@@ -33,7 +33,7 @@ from qwenlib.training.optim import adamw
 from qwenlib.training.preemption import Preemption
 from qwenlib.training.resume import load_state, save_state
 from qwenlib.training.schedule import learning_rate_at
-from qwenlib.training.sharding import let_go
+from qwenlib.training.sharding import is_sharded, let_go
 
 __all__ = ["TrainConfig", "TrainResult", "clear_state", "compute_dtype", "train"]
 
@@ -83,7 +83,8 @@ def train(
         optimizer: in place of AdamW; its groups' learning rate follows the schedule.
     Raises FloatingPointError for a bad step, naming it and its micro-batches; the weights are those
     before it, and the last state stays. A bad step that is skipped leaves the optimiser alone.
-    Raises Preempted after the step in which SIGTERM or SIGUSR1 came, with the state of it saved.
+    Raises ValueError for resume states of a model that several processes share out, and
+    Preempted after the step in which SIGTERM or SIGUSR1 came, with the state of it saved.
     """
     let_go(model)
     optimizer = optimizer or adamw(
@@ -94,6 +95,8 @@ def train(
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     result = TrainResult(model, config.max_steps, average=average)
     state_dir = Path(out_dir) / "state" if out_dir and config.save_every else None
+    if state_dir and world_size() > 1 and is_sharded(model):
+        raise ValueError("the parts of a sharded model cannot be saved yet; set save_every to 0")
     first = 0
     check, weights = partial(_check_same, config, state_dir), average and average.weights
     if state_dir and (restored := load_state(state_dir, model, optimizer, weights, check)):

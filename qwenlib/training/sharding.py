@@ -79,12 +79,17 @@ def _mesh(device: str, replicas: int) -> DeviceMesh:
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` gave this rank a part of it."""
+    return isinstance(model, FSDPModule)
+
+
 def let_go(model: nn.Module) -> None:
     """Give up the whole weights that a pass without gradients left in a sharded model.
 
     Else the next pass would compute with them, whatever has become of the parts in the meantime.
     """
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.reshard()
 
 
@@ -94,7 +99,7 @@ def one_sum(model: nn.Module, micro_batches: Sequence[Any]) -> Iterator[Any]:
 
     Raises ValueError when ranks have unequal numbers: their passes would wait for each other.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         yield from micro_batches
         return
     let_go(model)
@@ -118,7 +123,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
     All ranks must call it. A model that is not sharded gives its own state dict.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return model.state_dict()
     let_go(model)
     return get_model_state_dict(
