@@ -119,6 +119,9 @@ def _in_group(fn: Callable[..., Any], args: tuple, device: str) -> Any:
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    # Nobody goes on before all are connected: a rank with little to do would be gone while another
+    # still waits for its answer, and that one fails with "connection closed by peer".
+    dist.all_reduce(torch.zeros(1))
     value = fn(*args)
     dist.destroy_process_group()
     return value

@@ -165,6 +165,31 @@ def test_a_script_alone_and_under_torchrun(how, tmp_path):
     assert sorted(file.name for file in out.iterdir()) == want
 
 
+LATE = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from qwenlib.training import launch
+
+connected, join = Path(sys.argv[1]), dist.init_process_group
+if os.environ["RANK"] == "1":
+    def late(*args):
+        join(*args)
+        time.sleep(1)
+        connected.touch()
+    dist.init_process_group = late
+assert launch(connected.exists, device="cpu")
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_goes_on_before_all_are_connected(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LATE)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([sys.executable, *command, script, tmp_path / "connected"], check=True)
+
+
 @pytest.mark.slow
 def test_from_a_notebook_whose_cells_hold_the_function():
     from nbclient import NotebookClient
